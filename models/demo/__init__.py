@@ -1,0 +1,1 @@
+"""The demo model: its data generator, tokenizer, training script and evaluation."""

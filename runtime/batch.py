@@ -1,0 +1,184 @@
+"""The contract between a compiled graph and the engine that feeds it.
+
+A step takes the tokens of all sequences end to end ("packed"), with no batch and no padding
+dimension. Letters used here and everywhere else: T tokens of this step, B sequences, R rows whose
+logits are wanted, M cache blocks a sequence, G key/value heads, D head size, V vocabulary.
+
+The KV-cache pass makes its graph inputs from `BatchLayout` and `CacheSpec`, the manifest stores
+them, and the loader refuses a manifest whose contract differs from this file's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+CONTRACT_VERSION = 1
+
+
+class ContractError(ValueError):
+    """A step's inputs or a manifest do not fit the contract; the text names the field."""
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Layers that share one block table.
+
+    window is 0 for full attention, otherwise the number of most recent tokens a layer sees, itself
+    included; layers of one window size form one group so that the engine may free their old blocks.
+    """
+
+    name: str
+    window: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Shapes and dtype of the paged key/value cache.
+
+    One tensor a layer, [blocks, 2, block_size, G, D]: index 0 of dimension 1 is K, 1 is V. The
+    number of blocks is the engine's choice at load time. heads and head_sizes are per layer.
+    """
+
+    block_size: int
+    dtype: str
+    heads: tuple[int, ...]
+    head_sizes: tuple[int, ...]
+    groups: tuple[CacheGroup, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.heads)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V that one token takes over all layers."""
+        size = self.torch_dtype.itemsize
+        return sum(
+            2 * g * d * size for g, d in zip(self.heads, self.head_sizes, strict=True)
+        )
+
+    def allocate(self, blocks: int, device: str | torch.device = "cpu") -> list[torch.Tensor]:
+        """One zeroed cache tensor a layer. Zeroed, so that a masked read is never NaN times 0."""
+        return [
+            torch.zeros(blocks, 2, self.block_size, g, d, dtype=self.torch_dtype, device=device)
+            for g, d in zip(self.heads, self.head_sizes, strict=True)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CacheSpec:
+        missing = [f.name for f in fields(cls) if f.name not in data]
+        if missing:
+            raise ContractError(f"cache specification lacks {', '.join(missing)}")
+        groups = tuple(
+            CacheGroup(g["name"], int(g["window"]), tuple(g["layers"])) for g in data["groups"]
+        )
+        return cls(
+            int(data["block_size"]),
+            str(data["dtype"]),
+            tuple(data["heads"]),
+            tuple(data["head_sizes"]),
+            groups,
+        )
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """The largest sizes a step may have; AOTInductor does not check them, the engine does."""
+
+    max_tokens: int
+    max_sequences: int
+    max_blocks: int
+    max_rows: int
+    max_position: int
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BatchLayout:
+        missing = [f.name for f in fields(cls) if f.name not in data]
+        if missing:
+            raise ContractError(f"batch layout lacks {', '.join(missing)}")
+        return cls(**{f.name: int(data[f.name]) for f in fields(cls)})
+
+
+# Order in which a step's tensors enter the graph; slot_mapping and block_tables repeat per group,
+# the caches follow, one a layer.
+TOKEN_INPUTS = ("input_ids", "position_ids")
+BATCH_INPUTS = ("query_start", "seq_lens")
+GROUP_INPUTS = ("slot_mapping", "block_tables")
+ROW_INPUT = "logits_rows"
+
+
+def step_input_names(spec: CacheSpec) -> list[str]:
+    """Names of the graph's inputs, in order, without weights."""
+    names = [*TOKEN_INPUTS, *BATCH_INPUTS]
+    for i in range(len(spec.groups)):
+        names += [f"{name}_{i}" for name in GROUP_INPUTS]
+    names.append(ROW_INPUT)
+    return names + [f"kv_cache_{i}" for i in range(spec.layers)]
+
+
+@dataclass
+class Batch:
+    """One step's inputs but for the caches.
+
+    input_ids, position_ids: int64 [T]; query_start: int32 [B+1], first row of each sequence in T;
+    seq_lens: int32 [B], tokens of each sequence in the cache after this step;
+    slot_mapping: one int64 [T] a group, block * block_size + offset, or -1 for "do not write";
+    block_tables: one int32 [B, M] a group; logits_rows: int64 [R].
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    slot_mapping: list[torch.Tensor]
+    block_tables: list[torch.Tensor]
+    logits_rows: torch.Tensor
+
+    def tensors(self) -> list[torch.Tensor]:
+        """In the order of `step_input_names`, caches excluded."""
+        out = [self.input_ids, self.position_ids, self.query_start, self.seq_lens]
+        for slots, table in zip(self.slot_mapping, self.block_tables, strict=True):
+            out += [slots, table]
+        out.append(self.logits_rows)
+        return out
+
+    def check(self, layout: BatchLayout, spec: CacheSpec) -> None:
+        """Raise `ContractError` naming the field where this batch leaves the graph's ranges."""
+        sizes = {
+            "input_ids": (self.input_ids.shape[0], layout.max_tokens),
+            "seq_lens": (self.seq_lens.shape[0], layout.max_sequences),
+            "logits_rows": (self.logits_rows.shape[0], layout.max_rows),
+            "block_tables": (max(t.shape[1] for t in self.block_tables), layout.max_blocks),
+        }
+        for name, (size, limit) in sizes.items():
+            if size > limit:
+                raise ContractError(f"{name} has {size} entries, the graph takes at most {limit}")
+        if len(self.block_tables) != len(spec.groups) or len(self.slot_mapping) != len(spec.groups):
+            raise ContractError(f"block_tables: expected {len(spec.groups)} cache groups")
+        tokens = self.input_ids.shape[0]
+        for name, tensor in (("position_ids", self.position_ids), *(
+            ("slot_mapping", s) for s in self.slot_mapping
+        )):
+            if tensor.shape[0] != tokens:
+                raise ContractError(f"{name} has {tensor.shape[0]} entries for {tokens} tokens")
+        if tokens and int(self.position_ids.max()) >= layout.max_position:
+            raise ContractError(
+                f"position_ids reach {int(self.position_ids.max())}, "
+                f"the model's context ends at {layout.max_position}"
+            )
