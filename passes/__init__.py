@@ -1,4 +1,6 @@
 """The graph passes, one idea a file, and the program they transform."""
 
 if not __name__.startswith("smelt."):
-    raise ImportError("import this package as smelt.passes: a second copy would register the operators twice")
+    raise ImportError(
+        "import this package as smelt.passes: a second copy would register the operators twice"
+    )

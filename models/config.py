@@ -1,0 +1,148 @@
+"""Configurations: what transformers knows of a model before its weights are read."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from smelt.runtime.errors import UserError
+
+from .folder import read_json
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a causal language model in `folder`.
+
+    Raises UserError for a broken config.json, for code in the folder without trust_remote_code, and
+    for an architecture that is no decoder-only causal LM (encoders, encoder-decoders, vision).
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    raw = read_json(folder / "config.json")
+    if raw.get("auto_map") and not trust_remote_code:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if raw.get("model_type") not in CONFIG_MAPPING:
+            raise UserError(
+                f"{folder} brings its own Python code ({', '.join(raw['auto_map'].values())}); "
+                "read it, then pass --trust-remote-code"
+            )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        line = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}/config.json: {line}") from error
+    name = (config.architectures or ["?"])[0]
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{folder}: {name} is an encoder-decoder; smelt compiles decoder-only models"
+        )
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "?")
+        raise UserError(
+            f"{folder}: the checkpoint is already quantized ({method}); "
+            "reading such checkpoints is not supported yet, name the original model"
+        )
+    custom = trust_remote_code and "AutoModelForCausalLM" in (raw.get("auto_map") or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not custom:
+        text = getattr(config, "text_config", None)
+        if text is not None and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(f"{folder}: {name} is multimodal; smelt compiles text-only models")
+        raise UserError(f"{folder}: {name} has no causal language model in transformers")
+    architectures = config.architectures or []
+    if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+        raise UserError(
+            f"{folder}: {name} is not a causal language model; smelt needs ...ForCausalLM"
+        )
+    return config
+
+
+def max_positions(config: Any) -> int:
+    """The context length of a configuration, in tokens."""
+    for name in (
+        "max_position_embeddings",
+        "n_positions",
+        "n_ctx",
+        "max_sequence_length",
+        "seq_length",
+    ):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2048
+
+
+def eos_ids(config: Any, generation: dict[str, Any]) -> list[int]:
+    """End-of-sequence ids: the generation configuration's, else the model configuration's."""
+    value = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    if value is None:
+        return []
+    return [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
+
+
+def shrink(config: Any, widths: bool = True) -> Any:
+    """A small configuration of the same class, for checks with random weights.
+
+    widths: shrink hidden sizes too; otherwise only the layers and the vocabulary.
+
+    Only sizes shrink; what decides the structure (layer types, norms, activations, biases, rotary
+    kind, key/value sharing) stays. Layers are cut to two of each kind of the layer pattern.
+    """
+    small = copy.deepcopy(config)
+    heads = getattr(config, "num_attention_heads", None) or 4
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    new_heads = min(heads, 4)
+    layers = min(config.num_hidden_layers, _layers_to_show(config))
+    sizes: dict[str, Any] = {
+        "vocab_size": min(config.vocab_size, 512),
+        "num_hidden_layers": layers,
+        "num_attention_heads": new_heads,
+        "num_key_value_heads": 1 if kv_heads == 1 else (new_heads if kv_heads == heads else 2),
+        "hidden_size": 16 * new_heads,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": min(max_positions(config), 4096),
+    }
+    if not widths:
+        sizes = {name: sizes[name] for name in ("vocab_size", "num_hidden_layers")}
+    for name, value in sizes.items():
+        if isinstance(getattr(config, name, None), int):
+            # Some configurations derive a size from others and refuse to have it set.
+            with contextlib.suppress(AttributeError):
+                setattr(small, name, value)
+    for name in ("n_inner", "ffn_dim"):
+        if widths and isinstance(getattr(config, name, None), int) and getattr(config, name) > 96:
+            setattr(small, name, 96)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(small, name, 0)
+    for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):
+        value = getattr(config, name, None)
+        if isinstance(value, list):
+            with contextlib.suppress(AttributeError):
+                setattr(small, name, value[:layers])
+    return small
+
+
+def _layers_to_show(config: Any) -> int:
+    types = getattr(config, "layer_types", None) or getattr(config, "no_rope_layers", None)
+    if not types:
+        return 2
+    kinds = set(types)
+    seen: set[Any] = set()
+    for i, kind in enumerate(types):
+        seen.add(kind)
+        if seen == kinds:
+            return max(2, i + 1)
+    return 2
