@@ -252,6 +252,9 @@ def count_modules(model: nn.Module) -> dict[str, int]:
     for name, module in model.named_modules():
         kind = type(module).__name__
         children = {child for child, _ in module.named_children()}
+        for siblings in ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}):
+            if siblings <= children:
+                counts["sibling_linears"] += 1
         if isinstance(module, nn.Linear) or kind == "Conv1D":
             counts["linear"] += 1
         elif isinstance(module, nn.LayerNorm):

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from smelt.runtime.batch import BatchLayout, CacheSpec
 
@@ -122,6 +124,24 @@ class Program:
     def add_input(self, name: str, role: Role, value: torch.Tensor) -> fx.Node:
         """A new token, batch or cache input with fake `value`."""
         return self._placeholder(name, role, value)
+
+    def dynamic_input(
+        self, hint: tuple[int, ...], dtype: torch.dtype, dynamic: tuple[int, ...], name: str
+    ) -> torch.Tensor:
+        """A fake value for `add_input`: sizes as in `hint`, those of `dynamic` dimensions symbolic."""
+        kinds = [
+            DimDynamic.DYNAMIC if i in dynamic else DimDynamic.STATIC for i in range(len(hint))
+        ]
+        value: torch.Tensor = self.fake_mode.from_tensor(
+            torch.empty(hint, dtype=dtype),
+            source=ConstantSource(name),
+            symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds),
+        )
+        return value
+
+    def revalue(self, node: fx.Node) -> None:
+        """Recompute a call's fake value after its inputs changed."""
+        node.meta["val"] = self._value(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
 
     def _placeholder(self, name: str, role: Role, value: torch.Tensor) -> fx.Node:
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]

@@ -219,7 +219,7 @@ class WeightPlan:
     def materialize(
         self, wanted: Iterable[str], source: TensorSource
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Run what `wanted` needs; yield each wanted tensor as soon as it exists, then forget it."""
+        """Run what `wanted` needs; yield each wanted tensor as soon as it exists."""
         wanted = set(wanted)
         steps = _by_demand(self.needed(wanted))
         readers = Counter(name for step in steps for name in step.inputs)

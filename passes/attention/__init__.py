@@ -1,0 +1,1 @@
+"""Passes around attention: the paged cache, and the rows whose logits are wanted."""

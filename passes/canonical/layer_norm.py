@@ -1,0 +1,81 @@
+"""Recognise layer normalisation that a model spells out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ..base import Close, Pass, PassResult
+from ..program import Program
+from ..rewrite import aten, dtype, is_call, only_user, past_casts, shape, split_operands, uncast
+
+
+class CanonicalizeLayerNorm(Pass):
+    """(x - mean(x)) * rsqrt(var(x) + eps) * weight becomes `aten.layer_norm`.
+
+    Before                                          After
+        d = aten.sub(x, aten.mean(x, [-1], True))       y = aten.layer_norm(x, [K], weight, None, eps)
+        v = aten.mean(aten.pow(d, 2), [-1], True)
+        y = aten.mul(weight, aten.mul(d, aten.rsqrt(v + eps)))
+
+    `nn.LayerNorm` traces to `aten.layer_norm` as it is; this pass brings Cohere's own form there.
+    Legal when the weight has the size of the last dimension; a weight of another shape (norms a
+    head) is left alone. Pays as rms_norm does: quantization folds scales into it.
+    """
+
+    name = "canonicalize-layer-norm"
+    summary = "mean, variance, rsqrt and mul become aten.layer_norm"
+    after = ("remove-noops",)
+    numerics = Close()
+
+    def run(self, program: Program, options: Any) -> PassResult:
+        result = PassResult(matched=len(program.calls(aten.layer_norm.default)))
+        for node in program.calls(aten.rsqrt.default):
+            x, eps = _variance_of(node)
+            if x is None:
+                continue
+            product = only_user(node)
+            end = past_casts(product) if product is not None else None
+            weighted = only_user(end) if end is not None else None
+            if end is None or weighted is None or not is_call(weighted, aten.mul.Tensor):
+                result.decline(node, "no product with a weight follows the normalisation")
+                continue
+            pair = split_operands(weighted, lambda n, end=end: n is end)
+            weight = uncast(pair[1]) if pair else None
+            if program.weight_name(weight) is None or shape(weight) != shape(x)[-1:]:
+                result.decline(node, "the weight's shape is not the normalised one")
+                continue
+            result.matched += 1
+            self._replace(program, x, weight, eps, past_casts(weighted))
+            result.rewritten += 1
+        return result
+
+    def expect(self, program: Program) -> int | None:
+        return program.facts.module_counts.get("layer_norm", 0)
+
+    def _replace(
+        self, program: Program, x: fx.Node, weight: fx.Node, eps: float, end: fx.Node
+    ) -> None:
+        args = (x, [shape(x)[-1]], weight, None, eps)
+        with program.graph.inserting_after(end):
+            new = program.call(aten.layer_norm.default, args, like=end)
+        program.replace(end, new)
+        if dtype(end) != dtype(new):
+            raise ValueError(f"{end.name}: the norm's dtype changed from {dtype(end)}")
+
+
+def _variance_of(rsqrt: fx.Node) -> tuple[Any, float]:
+    """(x, eps) where `rsqrt` is 1/sqrt(var(x) + eps); (None, 0) otherwise."""
+    total = rsqrt.args[0]
+    if not is_call(total, aten.add.Tensor) or not isinstance(total.args[1], float):
+        return None, 0.0
+    mean = total.args[0]
+    if not is_call(mean, aten.mean.dim) or not is_call(mean.args[0], aten.pow.Tensor_Scalar):
+        return None, 0.0
+    centred = mean.args[0].args[0]
+    if not is_call(centred, aten.sub.Tensor) or not is_call(centred.args[1], aten.mean.dim):
+        return None, 0.0
+    if uncast(centred.args[0]) is not uncast(centred.args[1].args[0]):
+        return None, 0.0
+    return uncast(centred.args[0]), total.args[1]

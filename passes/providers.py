@@ -1,0 +1,157 @@
+"""Choose, for every smelt:: node, what computes it on the target."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from smelt.runtime.ops.gated_activation import gated_activation
+from smelt.runtime.ops.linear import block_int4, block_int8, linear_int4, linear_int8
+from smelt.runtime.ops.norm import add_rms_norm, rms_norm
+from smelt.runtime.ops.rope import rope
+
+from .base import Close, Pass, PassResult
+from .dialect import smelt_name
+from .program import Dialect, Program, module_path
+from .rewrite import aten, shape
+from .weights import operation
+
+# Operators whose reference Inductor fuses as well as a kernel of ours would: the reference is
+# traced into the graph at lowering. docs/passes.md holds the measurement.
+INLINED: dict[str, Callable[..., Any]] = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rope": rope,
+    "gated_activation": gated_activation,
+}
+INLINED_LINEARS: dict[str, Callable[..., Any]] = {
+    "linear_int4": linear_int4,
+    "linear_int8": linear_int8,
+}
+
+
+@operation("block_int4")
+def _block_int4(
+    qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, k: int
+) -> tuple[torch.Tensor, ...]:
+    return block_int4(qweight, scales, zeros, k)
+
+
+@operation("block_int8")
+def _block_int8(qweight: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return block_int8(qweight, scales)
+
+
+@dataclass(frozen=True)
+class ProviderOptions:
+    """overrides: operator name to provider ("reference", "inductor", "cpu"), for debugging."""
+
+    overrides: tuple[tuple[str, str], ...] = ()
+
+
+class ChooseProviders(Pass):
+    """Semantic operators become the kernels of a target.
+
+    Before (cpu)                                After
+        y = aten.linear(x, w)                       y = smelt.linear(x, w)             C++ kernel
+        y = smelt.linear_int4(x, q, s, z)           y = smelt.linear_int4_blocked(...) C++ kernel,
+                                                        weights laid out by a plan step
+        y = smelt.rms_norm(x, w)                    y = rms_norm(x, w)   traced into ATen when
+                                                        lowered, and fused by Inductor
+
+    Legal when a provider supports the node's device, dtypes and shapes; the choice and its reason
+    are recorded per node and written into the manifest. Layout steps are invertible, so that the
+    same weights can be laid out for another target.
+    """
+
+    name = "choose-providers"
+    summary = "each operator gets the kernel of the target; weights get that kernel's layout"
+    requires = Dialect.CACHED
+    produces = Dialect.LOWERED
+    numerics = Close()
+    Options = ProviderOptions
+
+    def run(self, program: Program, options: ProviderOptions) -> PassResult:
+        result = PassResult()
+        overrides = dict(options.overrides)
+        for node in program.calls():
+            name = "linear" if node.target is aten.linear.default else smelt_name(node)
+            if name is None:
+                continue
+            result.matched += 1
+            provider, reason = _choose(program, node, name, overrides.get(name))
+            _apply(program, node, name, provider)
+            result.rewritten += 1
+            result.notes.append(
+                {
+                    "where": module_path(node) or node.name,
+                    "operator": name,
+                    "provider": provider,
+                    "reason": reason,
+                }
+            )
+        return result
+
+
+def _choose(program: Program, node: fx.Node, name: str, override: str | None) -> tuple[str, str]:
+    """(provider, reason) for one node."""
+    if override is not None:
+        return override, "chosen by --provider"
+    if name in INLINED:
+        return "inductor", "traced into ATen and fused with its neighbours"
+    if program.target != "cpu":
+        if name in INLINED_LINEARS:
+            return "inductor", f"no {program.target} kernel yet; dequantized and multiplied"
+        return ("aten", "cuBLAS") if name == "linear" else ("reference", "no kernel yet")
+    if name == "linear":
+        if program.weight_name(node.args[1]) is None:
+            return "aten", "the second operand is not a weight"
+        return "cpu", "matrix-vector kernel for few rows, aten.linear for many"
+    if name in INLINED_LINEARS:
+        return "cpu", "kernel over the blocked layout"
+    if name == "cached_attention":
+        return "cpu", "kernel over the paged cache"
+    return "reference", "no kernel yet"
+
+
+def _apply(program: Program, node: fx.Node, name: str, provider: str) -> None:
+    node.meta["provider"] = provider
+    if provider == "inductor" and name in INLINED | INLINED_LINEARS:
+        node.target = (INLINED | INLINED_LINEARS)[name]
+    elif name == "linear" and provider == "cpu":
+        node.target = torch.ops.smelt.linear.default
+        if len(node.args) < 3:
+            node.args = (*node.args, None)
+    elif name in INLINED_LINEARS and provider == "cpu":
+        _blocked(program, node, name)
+
+
+def _blocked(program: Program, node: fx.Node, name: str) -> None:
+    """Point a quantized linear at the blocked layout of its weights."""
+    x, *weights, bias = node.args
+    names = [program.weight_name(w) or "" for w in weights]
+    n = int(shape(node)[-1])
+    outputs = [f"{w}.blocked" for w in names]
+    extra = {"k": int(shape(x)[-1])} if name == "linear_int4" else {}
+    kernel = getattr(torch.ops.smelt, name + "_blocked").default
+    laid_out = program.weights.add(name.replace("linear", "block"), outputs, names, **extra)
+    with program.graph.inserting_before(node):
+        args = (x, *(program.weight(w) for w in laid_out), bias, n)
+        new = program.call(kernel, args, like=node)
+    new.meta["provider"] = "cpu"
+    program.replace(node, new)
+    program.graph.erase_node(node)
+
+
+def is_inlined(node: fx.Node) -> bool:
+    """Whether a node is a Python reference that lowering traces through."""
+    return node.op == "call_function" and node.target in (
+        *INLINED.values(),
+        *INLINED_LINEARS.values(),
+        operator.getitem,
+    )
