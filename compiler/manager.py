@@ -76,12 +76,15 @@ class PassManager:
             if name not in names:
                 raise UserError(f"no pass {name} in this pipeline; it has {', '.join(names)}")
 
-    def run(self, program: Program) -> Program:
+    def run(self, program: Program, start: int = 0, until: int | None = None) -> Program:
+        """Run stages[start:until]. Raises PassError naming the pass that failed."""
         self.check_order()
-        if self.controls.dump:
+        if self.controls.dump and start == 0:
             self.controls.dump.mkdir(parents=True, exist_ok=True)
             self._dump(0, "trace", "", program)
-        for i, stage in enumerate(self.stages):
+        for i, stage in list(enumerate(self.stages))[start:until]:
+            if self._stopped(program):
+                break
             if self.controls.pass_limit is not None and i >= self.controls.pass_limit:
                 break
             if self.progress:
@@ -90,9 +93,11 @@ class PassManager:
                 program.records.append({"name": stage.pass_.name, "skipped": True})
                 continue
             self._run_one(i + 1, stage, program)
-            if stage.pass_.name == self.controls.stop_after:
-                break
         return program
+
+    def _stopped(self, program: Program) -> bool:
+        last = program.records[-1]["name"] if program.records else None
+        return last is not None and last == self.controls.stop_after
 
     def _run_one(self, number: int, stage: Stage, program: Program) -> None:
         pass_ = stage.pass_

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,14 @@ import torch
 from torch import fx
 
 from smelt.runtime.ops.gated_activation import gated_activation
-from smelt.runtime.ops.linear import block_int4, block_int8, linear_int4, linear_int8
+from smelt.runtime.ops.linear import (
+    block_int4,
+    block_int8,
+    linear_int4,
+    linear_int8,
+    unblock_int4,
+    unblock_int8,
+)
 from smelt.runtime.ops.norm import add_rms_norm, rms_norm
 from smelt.runtime.ops.rope import rope
 
@@ -37,14 +43,31 @@ INLINED_LINEARS: dict[str, Callable[..., Any]] = {
 
 @operation("block_int4")
 def _block_int4(
-    qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, k: int
+    qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, n: int, k: int
 ) -> tuple[torch.Tensor, ...]:
     return block_int4(qweight, scales, zeros, k)
 
 
 @operation("block_int8")
-def _block_int8(qweight: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _block_int8(
+    qweight: torch.Tensor, scales: torch.Tensor, *, n: int, k: int
+) -> tuple[torch.Tensor, ...]:
     return block_int8(qweight, scales)
+
+
+def _unblock_int4(*laid_out: torch.Tensor, n: int, k: int) -> tuple[torch.Tensor, ...]:
+    return unblock_int4(*laid_out, n, k)
+
+
+def _unblock_int8(*laid_out: torch.Tensor, n: int, k: int) -> tuple[torch.Tensor, ...]:
+    return unblock_int8(*laid_out, n)
+
+
+# From a provider's layout back to the canonical form, by the name of the layout step.
+INVERSES: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
+    "block_int4": _unblock_int4,
+    "block_int8": _unblock_int8,
+}
 
 
 @dataclass(frozen=True)
@@ -137,21 +160,13 @@ def _blocked(program: Program, node: fx.Node, name: str) -> None:
     names = [program.weight_name(w) or "" for w in weights]
     n = int(shape(node)[-1])
     outputs = [f"{w}.blocked" for w in names]
-    extra = {"k": int(shape(x)[-1])} if name == "linear_int4" else {}
     kernel = getattr(torch.ops.smelt, name + "_blocked").default
-    laid_out = program.weights.add(name.replace("linear", "block"), outputs, names, **extra)
+    laid_out = program.weights.add(
+        name.replace("linear", "block"), outputs, names, n=n, k=int(shape(x)[-1])
+    )
     with program.graph.inserting_before(node):
         args = (x, *(program.weight(w) for w in laid_out), bias, n)
         new = program.call(kernel, args, like=node)
     new.meta["provider"] = "cpu"
     program.replace(node, new)
     program.graph.erase_node(node)
-
-
-def is_inlined(node: fx.Node) -> bool:
-    """Whether a node is a Python reference that lowering traces through."""
-    return node.op == "call_function" and node.target in (
-        *INLINED.values(),
-        *INLINED_LINEARS.values(),
-        operator.getitem,
-    )

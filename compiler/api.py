@@ -1,0 +1,348 @@
+"""The compiler from end to end: load, trace, passes, lower, write; and rebuilding for a target."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from smelt import __version__
+from smelt.models.checkpoint import Checkpoint
+from smelt.models.config import eos_ids, load_config
+from smelt.models.folder import read_json, resolve
+from smelt.models.skeleton import build, fake_parameters
+from smelt.passes.program import Program
+from smelt.passes.weights import Step, TensorSource
+from smelt.runtime import manifest as manifests
+from smelt.runtime.batch import BatchLayout
+from smelt.runtime.errors import SmeltError, UserError
+from smelt.runtime.manifest import Manifest
+
+from . import artifact, lower, portable
+from .manager import Controls, PassManager, Stage
+from .numerics import NumericsCheck
+from .options import DTYPES, CompileOptions
+from .pipeline import PipelineConfig, installed_passes, load_pass, pipeline, portable_stages
+from .quantization import quantize_stage
+from .trace import check_against_eager, export, program_from_export, refuse_unsupported
+from .weights import ModuleSource, bind, checkpoint_specs
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled model on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+
+@dataclass
+class _Loaded:
+    """A model before it is traced: skeleton, configuration, where its weights are."""
+
+    name: str
+    folder: Path | None
+    config: Any
+    skeleton: nn.Module
+    source: TensorSource
+    stored: dict[str, Any]
+    generation: dict[str, Any]
+
+
+def compile_model(
+    model: str | os.PathLike[str] | nn.Module,
+    out: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Artifact | None:
+    """Compile `model` (folder, hub name, or a transformers module) into the artifact `out`.
+
+    options: the fields of `CompileOptions`. Returns None when the pipeline was asked to stop before
+    its end. Raises UserError and SmeltError; the artifact that was at `out` stays as it was.
+    """
+    settings = CompileOptions(**options)
+    try:
+        return _compile(model, Path(out).expanduser().absolute(), settings, progress or _silent)
+    except _Stopped:
+        return None
+
+
+def _compile(
+    model: str | os.PathLike[str] | nn.Module, out: Path, settings: CompileOptions, report: Progress
+) -> Artifact:
+    started = time.perf_counter()
+    with artifact.replacing(out, settings.force or settings.partial) as folder:
+        report("load", 0, 1)
+        loaded = _load(model, settings)
+        report("trace", 0, 1)
+        check_against_eager(loaded.config, settings.trust_remote_code)
+        program = _trace(loaded)
+        program.target = settings.device
+        stages = _stages(settings, program, loaded, report)
+        portable_count = len(portable_stages(stages)[0])
+        check = NumericsCheck(program, loaded.source) if settings.check_numerics else None
+        controls = Controls(
+            settings.skip,
+            settings.stop_after,
+            settings.pass_limit,
+            settings.allow_fewer,
+            settings.dump,
+            settings.check_numerics,
+        )
+        manager = PassManager(stages, controls, check, report)
+        manager.run(program, until=portable_count)
+        if settings.partial:
+            manager.run(program, start=portable_count)
+            raise _Stopped
+        program.layout = _layout(program, settings)
+        report("save", 0, 1)
+        portable.save_portable(program, folder)
+        manager.run(program, start=portable_count)
+        weight_bytes = artifact.write_weights(program, loaded.source, folder, report)
+        manifest = _manifest(program, loaded, settings, weight_bytes)
+        _lower(program, settings.backend, folder, manifest, report)
+        if loaded.folder is not None:
+            artifact.copy_tokenizer(loaded.folder, folder)
+        manifest.build["seconds"] = round(time.perf_counter() - started, 2)
+        artifact.seal(manifest, folder)
+    return Artifact(out, manifest)
+
+
+class _Stopped(Exception):
+    """The pipeline ended where it was asked to; nothing is written."""
+
+
+def _load(model: str | os.PathLike[str] | nn.Module, settings: CompileOptions) -> _Loaded:
+    if isinstance(model, nn.Module):
+        source = ModuleSource(model)
+        config = getattr(model, "config", None)
+        if config is None:
+            raise UserError(f"{type(model).__name__} has no transformers configuration")
+        dtype = _dtype(settings.dtype, next(model.parameters()).dtype)
+        skeleton = build(config, dtype, real=False, trust_remote_code=settings.trust_remote_code)
+        generation = getattr(model, "generation_config", None)
+        given = generation.to_dict() if generation is not None else {}
+        return _Loaded(type(model).__name__, None, config, skeleton, source, source.specs, given)
+    folder = resolve(model, settings.revision)
+    config = load_config(folder, settings.trust_remote_code)
+    checkpoint = Checkpoint(folder)
+    stored = checkpoint_specs(checkpoint)
+    dtype = _dtype(settings.dtype, _stored_dtype(config, stored))
+    skeleton = build(config, dtype, real=False, trust_remote_code=settings.trust_remote_code)
+    path = folder / "generation_config.json"
+    generation_config = read_json(path) if path.is_file() else {}
+    _check_vocabulary(folder, int(config.vocab_size))
+    return _Loaded(
+        os.fspath(model), folder, config, skeleton, checkpoint, stored, generation_config
+    )
+
+
+def _dtype(asked: str, stored: torch.dtype) -> torch.dtype:
+    return stored if asked == "auto" else getattr(torch, DTYPES[asked])
+
+
+def _stored_dtype(config: Any, stored: dict[str, Any]) -> torch.dtype:
+    """The dtype of most of the checkpoint's elements."""
+    sizes: dict[torch.dtype, int] = {}
+    for spec in stored.values():
+        if spec.dtype.is_floating_point:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    return max(sizes, key=lambda d: sizes[d], default=torch.float32)
+
+
+def _check_vocabulary(folder: Path, size: int) -> None:
+    """Raise UserError when the tokenizer gives ids that the model has no embedding for."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    data = read_json(path)
+    vocab = (data.get("model") or {}).get("vocab") or {}
+    ids = list(vocab.values()) if isinstance(vocab, dict) else range(len(vocab))
+    ids = [*ids, *(t["id"] for t in data.get("added_tokens") or [])]
+    highest = max((i for i in ids if isinstance(i, int)), default=-1)
+    if highest >= size:
+        raise UserError(
+            f"{folder}: tokenizer.json has token id {highest}, the model's vocabulary ends at "
+            f"{size - 1}; the tokenizer belongs to another model"
+        )
+
+
+def _trace(loaded: _Loaded) -> Program:
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fake_parameters(loaded.skeleton, mode)
+    program = program_from_export(export(loaded.skeleton), loaded.skeleton, loaded.config)
+    refuse_unsupported(program, loaded.config)
+    bind(program.weights, loaded.stored, loaded.skeleton, loaded.name)
+    return program
+
+
+def _stages(
+    settings: CompileOptions, program: Program, loaded: _Loaded, report: Progress
+) -> list[Stage]:
+    extra = [load_pass(p) if isinstance(p, str) else p for p in settings.passes]
+    quantize = quantize_stage(settings, loaded.source, loaded.folder, report)
+    options: dict[str, dict[str, Any]] = {"insert-kv-cache": {"block_size": settings.block_size}}
+    if settings.providers:
+        options["choose-providers"] = {"overrides": tuple(settings.providers)}
+    return pipeline(
+        PipelineConfig(settings.opt, quantize, (*installed_passes(), *extra), options)
+    )
+
+
+def _layout(program: Program, settings: CompileOptions) -> BatchLayout:
+    context = program.facts.max_position
+    return BatchLayout(
+        max_tokens=settings.max_tokens,
+        max_sequences=min(256, settings.max_tokens),
+        max_blocks=-(-context // settings.block_size),
+        max_rows=settings.max_tokens,
+        max_position=context,
+    )
+
+
+def _manifest(
+    program: Program, loaded: _Loaded, settings: CompileOptions, weight_bytes: int
+) -> Manifest:
+    assert program.caches is not None and program.layout is not None
+    config = loaded.config
+    parameters = sum(p.numel() for p in loaded.skeleton.parameters())
+    source_bytes = sum(spec.nbytes for spec in loaded.stored.values())
+    providers = next(r["notes"] for r in program.records if r["name"] == "choose-providers")
+    return Manifest(
+        model={
+            "name": Path(loaded.name).name,
+            "class": program.facts.model_class,
+            "revision": settings.revision,
+            "dtype": program.facts.dtype,
+            "vocab_size": program.facts.vocab_size,
+            "max_position": program.facts.max_position,
+            "eos_token_id": eos_ids(config, loaded.generation),
+            "bos_token_id": getattr(config, "bos_token_id", None),
+            "parameters": parameters,
+            "source_bytes": source_bytes,
+            "weight_plan": program.weights.digest(),
+        },
+        quant=settings.spec.to_json(),
+        target=artifact.describe_target(settings.device),
+        backend=settings.backend,
+        cache=program.caches,
+        layout=program.layout,
+        constants={},
+        layout_steps=layout_steps(program),
+        passes=program.records,
+        providers=providers,
+        memory={
+            "weights_bytes": weight_bytes,
+            "kv_bytes_per_token": program.caches.bytes_per_token(),
+            "weight_bytes_per_token": _bytes_per_token(program),
+        },
+        build={
+            "smelt": __version__,
+            "torch": torch.__version__,
+            "transformers": _version("transformers"),
+            "date": time.strftime("%Y-%m-%d"),
+            "options": {k: str(v) for k, v in vars(settings).items() if k != "spec"},
+        },
+    )
+
+
+def layout_steps(program: Program) -> list[dict[str, Any]]:
+    """Steps that laid canonical weights out for providers, for the way back."""
+    from smelt.passes.providers import INVERSES
+
+    return [s.to_json() for s in program.weights.steps if s.op in INVERSES]
+
+
+def _bytes_per_token(program: Program) -> int:
+    """Bytes of weights one decode step reads: all but an embedding table used only for lookup."""
+    total = 0
+    for node in program.placeholders():
+        name = program.weight_name(node)
+        if name is None:
+            continue
+        lookups = [u for u in node.users if u.target is torch.ops.aten.embedding.default]
+        if len(lookups) < len(node.users):
+            total += program.weights.specs[name].nbytes
+    return total
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _lower(
+    program: Program, backend: str, folder: Path, manifest: Manifest, report: Progress
+) -> None:
+    """Compile the step into folder/graphs and record its constants; ship the kernels it calls."""
+    assert program.caches is not None
+    graphs = folder / "graphs"
+    graphs.mkdir()
+    report("compile", 0, 1)
+    if backend == "aoti":
+        module, constants = lower.step_module(program)
+        exported = lower.export_step(module, program.caches, program.target)
+        lower.compile_package(exported, graphs / "step.pt2", folder / "compile.log")
+        (folder / "compile.log").unlink(missing_ok=True)
+    else:
+        exported, constants = portable.export_with_inputs(program, program.target)
+        portable.save(exported, graphs / "step.pt2")
+    manifest.constants = constants
+    if program.target == "cpu" and any(p["provider"] == "cpu" for p in manifest.providers):
+        from smelt.runtime.kernels import build as kernels
+
+        (folder / "kernels").mkdir(exist_ok=True)
+        shutil.copyfile(kernels.library_path(), folder / "kernels" / "smelt_cpu.so")
+
+
+def rebuild(folder: Path | str, *, device: str = "cpu", progress: Progress | None = None) -> Artifact:
+    """Compile an artifact's portable program anew for this machine, in its place.
+
+    Nothing is traced, calibrated or quantized again. Raises SmeltError when the folder cannot be
+    written or its portable part is damaged.
+    """
+    folder = Path(folder).absolute()
+    report = progress or _silent
+    old = manifests.read(folder)
+    program = portable.load_portable(folder)
+    program.target = device
+    from smelt.runtime.artifact import map_weights
+
+    steps = [
+        Step(s["op"], tuple(s["outputs"]), tuple(s["inputs"]), s["args"]) for s in old.layout_steps
+    ]
+    source = portable.LaidOutSource(map_weights(folder, "cpu"), steps)
+    stages = pipeline(PipelineConfig("O2", None))
+    PassManager(portable_stages(stages)[1], progress=report).run(program)
+    with artifact.replacing(folder, force=True) as scratch:
+        for path in folder.iterdir():
+            if path.is_file() and not path.name.startswith(("weights", manifests.FILE_NAME)):
+                shutil.copyfile(path, scratch / path.name)
+        old.memory["weights_bytes"] = artifact.write_weights(program, source, scratch, report)
+        old.target = artifact.describe_target(device)
+        old.layout_steps = layout_steps(program)
+        old.providers = program.records[-1]["notes"]
+        old.build["rebuilt"] = time.strftime("%Y-%m-%d")
+        _lower(program, old.backend, scratch, old, report)
+        artifact.seal(old, scratch)
+    return Artifact(folder, old)
+
+
+__all__ = ["Artifact", "SmeltError", "compile_model", "rebuild"]

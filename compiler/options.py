@@ -1,0 +1,77 @@
+"""What a compilation is asked for, checked before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smelt.passes.base import Pass
+from smelt.passes.quantize.spec import QuantSpec
+from smelt.runtime.errors import UserError
+
+from .pipeline import OPT_LEVELS
+
+BACKENDS = ("aoti", "compile", "eager")
+DEVICES = ("cpu", "cuda")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Options of `smelt compile` and `smelt.compile`, one field a flag.
+
+    Raises UserError for an unknown value, naming the known ones.
+    """
+
+    quant: str = "none"
+    format: str | None = None
+    group_size: int | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    calib: str = "builtin"
+    calib_samples: int = 128
+    calib_seqlen: int = 512
+    opt: str = "O2"
+    passes: tuple[str | Pass, ...] = ()
+    skip: tuple[str, ...] = ()
+    stop_after: str | None = None
+    pass_limit: int | None = None
+    allow_fewer: tuple[str, ...] = ()
+    providers: tuple[tuple[str, str], ...] = ()
+    check_numerics: bool = False
+    dump: Path | None = None
+    backend: str = "aoti"
+    force: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+    block_size: int = 16
+    max_tokens: int = 2048
+    spec: QuantSpec = field(init=False, default_factory=QuantSpec)
+
+    def __post_init__(self) -> None:
+        _one_of("--dtype", self.dtype, ("auto", *DTYPES))
+        _one_of("--device", self.device, DEVICES)
+        _one_of("--opt", self.opt, OPT_LEVELS)
+        _one_of("--backend", self.backend, BACKENDS)
+        for name in ("calib_samples", "calib_seqlen", "block_size", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.pass_limit is not None and self.pass_limit < 0:
+            raise UserError("--pass-limit must not be negative")
+        extra: dict[str, Any] = {"format": self.format} if self.format else {}
+        if self.group_size is not None:
+            extra["group_size"] = self.group_size
+        object.__setattr__(self, "spec", QuantSpec(self.quant, **extra))
+        if self.dump is not None:
+            object.__setattr__(self, "dump", Path(self.dump))
+
+    @property
+    def partial(self) -> bool:
+        """Whether the pipeline is cut short, so that no artifact comes out."""
+        return self.stop_after not in (None, "choose-providers") or self.pass_limit is not None
+
+
+def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{flag} {value}: expected one of {', '.join(known)}")

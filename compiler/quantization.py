@@ -1,0 +1,55 @@
+"""The quantization stage of a pipeline: the pass for a method, with its calibration data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from smelt.passes.weights import TensorSource
+from smelt.runtime.errors import UserError
+
+from .manager import Progress, Stage
+from .options import CompileOptions
+
+
+def quantize_stage(
+    settings: CompileOptions, source: TensorSource, folder: Path | None, progress: Progress
+) -> Stage | None:
+    """The stage that `settings` ask for, or None without quantization.
+
+    Raises UserError when calibration is needed and the text or the tokenizer is missing.
+    """
+    from smelt.passes.quantize.awq import AwqOptions, QuantizeAwq
+    from smelt.passes.quantize.rtn import QuantizeRtn, RtnOptions
+
+    if settings.spec.method == "none":
+        return None
+    if settings.spec.method == "rtn":
+        return Stage(QuantizeRtn(), RtnOptions(settings.spec))
+    calibration = _calibration(settings, folder)
+    options = AwqOptions(
+        settings.spec, samples=calibration.token_lists, source=source, progress=progress
+    )
+    return Stage(QuantizeAwq(), options)
+
+
+def _calibration(settings: CompileOptions, folder: Path | None) -> Any:
+    from .calibration_data import load_calibration
+
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"--quant {settings.spec.method} needs calibration text and so a tokenizer; "
+            f"{folder or 'a module in memory'} has no tokenizer.json"
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=settings.trust_remote_code
+    )
+    source = settings.calib
+    shipped = folder / "calibration.txt"
+    if source == "builtin" and shipped.is_file():
+        source = str(shipped)
+    return load_calibration(
+        source, tokenizer, settings.calib_samples, settings.calib_seqlen, seed=0
+    )

@@ -1,0 +1,118 @@
+"""Open an artifact: check it, map its weights, bind its compiled step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import isa, manifest
+from .batch import Batch, BatchLayout, CacheSpec
+from .errors import SmeltError
+from .integrity import verify
+from .manifest import Manifest
+
+
+class TargetMismatch(SmeltError):
+    """The compiled part was made for another machine, device or torch version.
+
+    `smelt.load` and the command line then rebuild it from the portable program.
+    """
+
+
+class Program:
+    """The step program an engine drives.
+
+    run(batch, caches) -> logits [R, V]; caches are mutated. spec, layout, vocab_size and device say
+    what it takes.
+    """
+
+    def __init__(self, loaded: Manifest, step: Any) -> None:
+        self.spec: CacheSpec = loaded.cache
+        self.layout: BatchLayout = loaded.layout
+        self.vocab_size: int = loaded.model["vocab_size"]
+        self.device = torch.device(loaded.target["device"])
+        self._step = step
+
+    def run(self, batch: Batch, caches: list[torch.Tensor]) -> torch.Tensor:
+        logits: torch.Tensor = self._step.run([*batch.tensors(), *caches])
+        return logits
+
+
+@dataclass
+class LoadedArtifact:
+    """An opened artifact. weights are the mapped tensors by name."""
+
+    folder: Path
+    manifest: Manifest
+    program: Program
+    weights: Mapping[str, torch.Tensor]
+
+
+def open_artifact(folder: Path | str) -> LoadedArtifact:
+    """Open the artifact in `folder` without tracing, compiling or copying weights.
+
+    Raises ManifestError, IntegrityError or TargetMismatch, each naming what differs.
+    """
+    folder = Path(folder)
+    loaded = manifest.read(folder)
+    verify(folder, loaded.files)
+    check_target(loaded)
+    from . import ops  # noqa: F401 - registers the operators the package calls
+
+    if loaded.target["device"] == "cpu" and any(p["provider"] == "cpu" for p in loaded.providers):
+        from .kernels import build
+
+        library = folder / "kernels" / "smelt_cpu.so"
+        build.load(library if library.is_file() else None)
+    weights = map_weights(folder, loaded.target["device"])
+    constants = {name: weights[tensor] for name, tensor in loaded.constants.items()}
+    return LoadedArtifact(folder, loaded, Program(loaded, _step(folder, loaded, constants)), weights)
+
+
+def check_target(loaded: Manifest) -> None:
+    """Raise TargetMismatch when this process cannot run the compiled part."""
+    target = loaded.target
+    torch_version = torch.__version__.split("+")[0]
+    if target["torch"] != torch_version:
+        raise TargetMismatch(f"built for torch {target['torch']}, found {torch_version}")
+    if target["device"] == "cuda":
+        _check_cuda(target)
+    if target["machine"] != isa.machine():
+        raise TargetMismatch(f"built for {target['machine']}, found {isa.machine()}")
+    lacking = isa.missing(target["isa"])
+    if lacking:
+        raise TargetMismatch(f"built for a processor with {', '.join(lacking)}, which this one lacks")
+
+
+def _check_cuda(target: Mapping[str, Any]) -> None:
+    if not torch.cuda.is_available():
+        raise TargetMismatch("built for cuda, and this machine has no CUDA device")
+    found = list(torch.cuda.get_device_capability())
+    if found != target["capability"]:
+        raise TargetMismatch(f"built for compute capability {target['capability']}, found {found}")
+
+
+def map_weights(folder: Path, device: str) -> dict[str, torch.Tensor]:
+    """Every tensor of the weights files, memory-mapped on the CPU."""
+    from safetensors import safe_open
+
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("weights*.safetensors")):
+        with safe_open(file, framework="pt", device=device) as handle:
+            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                weights[name] = handle.get_tensor(name)
+    return weights
+
+
+def _step(folder: Path, loaded: Manifest, constants: dict[str, torch.Tensor]) -> Any:
+    if loaded.backend == "aoti":
+        from .package import Package
+
+        return Package(folder / "graphs" / "step.pt2", constants)
+    from .exported import ExportedStep
+
+    return ExportedStep(folder / "graphs" / "step.pt2", constants, loaded.backend)
