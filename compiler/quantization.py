@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from smelt.passes.base import Pass
+from smelt.passes.quantize import AwqOptions, QuantizeAwq, QuantizeRtn, RtnOptions
 from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import UserError
 
 from .manager import Progress, Stage
 from .options import CompileOptions
+
+METHODS: dict[str, type[Pass]] = {"rtn": QuantizeRtn, "awq": QuantizeAwq}
 
 
 def quantize_stage(
@@ -19,9 +23,6 @@ def quantize_stage(
 
     Raises UserError when calibration is needed and the text or the tokenizer is missing.
     """
-    from smelt.passes.quantize.awq import AwqOptions, QuantizeAwq
-    from smelt.passes.quantize.rtn import QuantizeRtn, RtnOptions
-
     if settings.spec.method == "none":
         return None
     if settings.spec.method == "rtn":

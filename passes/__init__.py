@@ -4,3 +4,5 @@ if not __name__.startswith("smelt."):
     raise ImportError(
         "import this package as smelt.passes: a second copy would register the operators twice"
     )
+
+import smelt.runtime.ops  # noqa: E402, F401 - patterns name the operators, so they exist first

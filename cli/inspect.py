@@ -1,0 +1,83 @@
+"""`smelt inspect`: what an artifact is, what made it, what each pass did and why it declined."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from .compile import size
+from .options import Artifact
+
+
+def command(
+    artifact: Artifact,
+    passes: Annotated[bool, typer.Option("--passes", help="Every pass, place by place.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What an artifact is, what made it, what each pass did."""
+    from smelt.runtime import manifest as manifests
+    from smelt.runtime.integrity import verify
+
+    manifest = manifests.read(artifact)
+    verify(artifact, manifest.files)
+    if as_json:
+        print(json.dumps(manifest.to_json()))
+        return
+    _print_overview(manifest)
+    _print_passes(manifest.passes)
+    if passes:
+        for record in manifest.passes:
+            _print_places(record)
+    else:
+        print("\nsmelt inspect --passes shows each pass place by place")
+
+
+def _print_overview(manifest: Any) -> None:
+    model, target, memory = manifest.model, manifest.target, manifest.memory
+    print(f"model     {model['name']} ({model['class']}), {model['parameters']:,} parameters")
+    print(f"context   {model['max_position']} tokens, vocabulary {model['vocab_size']}")
+    print(f"weights   {size(model['source_bytes'])} -> {size(memory['weights_bytes'])}")
+    print(f"KV cache  {size(memory['kv_bytes_per_token'])} a token, {manifest.cache.dtype}")
+    spec = manifest.quant
+    quant = "none" if spec["method"] == "none" else f"{spec['method']} {spec['format']}"
+    print(f"quant     {quant}, computes in {model['dtype']}")
+    print(f"runs on   {target['device']}, {target['machine']}, torch {target['torch']}")
+    print(f"backend   {manifest.backend}, made {manifest.build.get('date')}")
+    chosen = Counter((p["operator"], p["provider"]) for p in manifest.providers)
+    print("kernels   " + ", ".join(f"{op}: {by} x{n}" for (op, by), n in sorted(chosen.items())))
+
+
+def _print_passes(records: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("pass", "matched", "expected", "rewritten", "declined", "nodes", "ms", box=None)
+    for r in records:
+        if r.get("skipped"):
+            table.add_row(r["name"], "skipped", "", "", "", "", "")
+            continue
+        expected = "any" if r["expected"] is None else str(r["expected"])
+        nodes = f"{r['nodes_before']} -> {r['nodes_after']}"
+        row = (r["matched"], expected, r["rewritten"], len(r["declined"]), nodes, f"{r['ms']:.0f}")
+        table.add_row(r["name"], *(str(cell) for cell in row))
+    print()
+    Console().print(table)
+
+
+def _print_places(record: dict[str, Any]) -> None:
+    declined = record.get("declined", [])
+    notes = record.get("notes", [])
+    if not declined and not notes:
+        return
+    print(f"\n{record['name']}")
+    for place in declined:
+        print(f"  left alone  {place['where']}: {place['reason']}")
+    for note in notes:
+        print("  " + ", ".join(f"{k} {_short(v)}" for k, v in note.items() if v not in (None, "")))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

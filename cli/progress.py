@@ -1,0 +1,54 @@
+"""Progress of long work on stderr: a live line on a terminal, one line a stage elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+STAGES = {
+    "load": "reading the model",
+    "trace": "tracing",
+    "calibrate": "calibrating",
+    "save": "saving the portable program",
+    "weights": "writing weights",
+    "compile": "compiling with AOTInductor",
+}
+
+
+@contextmanager
+def reporting() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (stage, done, total) that shows where a compilation is."""
+    if not sys.stderr.isatty():
+        yield _Lines().report
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=1)
+
+        def report(stage: str, done: int, total: int) -> None:
+            text = STAGES.get(stage, f"pass {stage}")
+            progress.update(task, description=text, completed=done, total=max(total, 1))
+
+        yield report
+
+
+class _Lines:
+    """One line when the stage changes, so that a log stays readable."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        text = STAGES.get(stage, "")
+        if text and stage != self._last:
+            print(f"smelt: {text}", file=sys.stderr, flush=True)
+        self._last = stage
