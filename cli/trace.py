@@ -1,4 +1,4 @@
-"""`smelt trace`: does this model's class export and match eager, within a minute and without weights."""
+"""`smelt trace`: does a model's class export and match eager, in a minute, without weights."""
 
 from __future__ import annotations
 

@@ -200,9 +200,7 @@ def _stages(
     options: dict[str, dict[str, Any]] = {"insert-kv-cache": {"block_size": settings.block_size}}
     if settings.providers:
         options["choose-providers"] = {"overrides": tuple(settings.providers)}
-    return pipeline(
-        PipelineConfig(settings.opt, quantize, (*installed_passes(), *extra), options)
-    )
+    return pipeline(PipelineConfig(settings.opt, quantize, (*installed_passes(), *extra), options))
 
 
 def _layout(program: Program, settings: CompileOptions) -> BatchLayout:
@@ -312,7 +310,9 @@ def _lower(
         shutil.copyfile(kernels.library_path(), folder / "kernels" / "smelt_cpu.so")
 
 
-def rebuild(folder: Path | str, *, device: str = "cpu", progress: Progress | None = None) -> Artifact:
+def rebuild(
+    folder: Path | str, *, device: str = "cpu", progress: Progress | None = None
+) -> Artifact:
     """Compile an artifact's portable program anew for this machine, in its place.
 
     Nothing is traced, calibrated or quantized again. Raises SmeltError when the folder cannot be

@@ -137,6 +137,8 @@ def compile_package(exported: ExportedProgram, path: Path, log: Path) -> None:
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.use_runtime_constant_folding": False,
         "always_keep_tensor_constants": True,
+        # Otherwise the number of threads of the machine that compiled is baked into every loop.
+        "cpp.dynamic_threads": True,
     }
     try:
         with _quiet(log):

@@ -108,9 +108,9 @@ class PassManager:
             )
         before = graph_text(program.graph)
         nodes_before = len(program.graph.nodes)
-        expected = pass_.expect(program)
         started = time.perf_counter()
         try:
+            expected = pass_.expect(program)
             with GraphTransformObserver(program.module, pass_.name):
                 result = pass_.run(program, stage.options)
             if pass_.produces is not None:
@@ -193,5 +193,3 @@ def _jsonable(options: Any) -> dict[str, Any]:
         else:
             out[name] = type(value).__name__
     return out
-
-

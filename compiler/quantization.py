@@ -44,9 +44,7 @@ def _calibration(settings: CompileOptions, folder: Path | None) -> Any:
         )
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=settings.trust_remote_code
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     source = settings.calib
     shipped = folder / "calibration.txt"
     if source == "builtin" and shipped.is_file():

@@ -109,7 +109,10 @@ def _convert(plan: WeightPlan, name: str, operations: list[Any], parts: list[lis
             parts = [list(plan.add("cat", [f"{name}.joined"], flat, dim=operation.dim))]
         elif kind == "Transpose" and not operation.check_dims:
             dims = {"dim0": operation.dim0, "dim1": operation.dim1}
-            parts = [[plan.add("transpose", [f"{name}.t"], [k], **dims)[0] for k in ks] for ks in parts]
+            parts = [
+                [plan.add("transpose", [f"{name}.t"], [key], **dims)[0] for key in keys]
+                for keys in parts
+            ]
         else:
             raise UserError(f"{name}: its checkpoint needs conversion {kind}, not supported yet")
     if len(parts) != 1 or len(parts[0]) != 1:
@@ -141,7 +144,9 @@ def _recipes(
         entry = found.setdefault(name, (operations, defaultdict(list)))
         entry[1][pattern].append(key)
         if len(entry[1][pattern]) > 1 and not operations:
-            raise UserError(f"the checkpoint has {name} twice, as {' and '.join(entry[1][pattern])}")
+            raise UserError(
+                f"the checkpoint has {name} twice, as {' and '.join(entry[1][pattern])}"
+            )
     for names in _tied(model):
         present = [name for name in names if name in found]
         found.update({name: found[present[0]] for name in names if present and name not in found})
@@ -159,9 +164,13 @@ def _tied(model: Any) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _pattern_order(converters: list[Any], operations: list[Any], groups: dict[str, Any]) -> list[str]:
+def _pattern_order(
+    converters: list[Any], operations: list[Any], groups: dict[str, Any]
+) -> list[str]:
     for converter in converters:
-        if list(converter.operations) == operations and set(groups) <= set(converter.source_patterns):
+        if list(converter.operations) == operations and set(groups) <= set(
+            converter.source_patterns
+        ):
             return [p for p in converter.source_patterns if p in groups]
     return list(groups)
 

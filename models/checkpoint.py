@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder: safetensors, sharded or not, memory-mapped and never all copied."""
+"""Weights of a Hugging Face folder: safetensors, sharded or not, memory-mapped, never all copied."""
 
 from __future__ import annotations
 

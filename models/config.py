@@ -127,7 +127,7 @@ def shrink(config: Any, widths: bool = True) -> Any:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(config, name, None) is not None:
             setattr(small, name, 0)
-    for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):
+    for name in _PATTERNS:
         value = getattr(config, name, None)
         if isinstance(value, list):
             with contextlib.suppress(AttributeError):
@@ -135,14 +135,11 @@ def shrink(config: Any, widths: bool = True) -> Any:
     return small
 
 
+# Lists with one entry a layer.
+_PATTERNS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+
+
 def _layers_to_show(config: Any) -> int:
-    types = getattr(config, "layer_types", None) or getattr(config, "no_rope_layers", None)
-    if not types:
-        return 2
-    kinds = set(types)
-    seen: set[Any] = set()
-    for i, kind in enumerate(types):
-        seen.add(kind)
-        if seen == kinds:
-            return max(2, i + 1)
-    return 2
+    """Layers until every kind of each pattern has come once, and two at least."""
+    patterns = [getattr(config, name, None) or [] for name in _PATTERNS]
+    return max(2, *(1 + p.index(kind) for p in patterns for kind in set(p)), 2)

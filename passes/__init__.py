@@ -5,4 +5,4 @@ if not __name__.startswith("smelt."):
         "import this package as smelt.passes: a second copy would register the operators twice"
     )
 
-import smelt.runtime.ops  # noqa: E402, F401 - patterns name the operators, so they exist first
+import smelt.runtime.ops  # noqa: F401 - patterns name the operators, so they exist first

@@ -128,7 +128,7 @@ class Program:
     def dynamic_input(
         self, hint: tuple[int, ...], dtype: torch.dtype, dynamic: tuple[int, ...], name: str
     ) -> torch.Tensor:
-        """A fake value for `add_input`: sizes as in `hint`, those of `dynamic` dimensions symbolic."""
+        """A fake value for `add_input`: sizes as in `hint`, symbolic in `dynamic` dimensions."""
         kinds = [
             DimDynamic.DYNAMIC if i in dynamic else DimDynamic.STATIC for i in range(len(hint))
         ]
@@ -147,6 +147,7 @@ class Program:
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name.replace(".", "_").replace("@", "_v"))
+        node.target = node.name  # the argument's name in the code: unique and an identifier
         node.meta["val"] = value
         self.inputs[node.name] = Input(role, name)
         return node

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from smelt.runtime.errors import UserError
 from smelt.runtime.ops.gated_activation import gated_activation
 from smelt.runtime.ops.linear import (
     block_int4,
@@ -41,6 +42,16 @@ INLINED_LINEARS: dict[str, Callable[..., Any]] = {
 }
 
 
+# What may compute an operator, by its name.
+PROVIDERS: dict[str, tuple[str, ...]] = {
+    "linear": ("aten", "cpu", "reference"),
+    "cached_attention": ("cpu", "reference"),
+    "experts": ("reference",),
+    **dict.fromkeys(INLINED, ("inductor", "reference")),
+    **dict.fromkeys(INLINED_LINEARS, ("cpu", "inductor", "reference")),
+}
+
+
 @operation("block_int4")
 def _block_int4(
     qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, n: int, k: int
@@ -55,12 +66,16 @@ def _block_int8(
     return block_int8(qweight, scales)
 
 
-def _unblock_int4(*laid_out: torch.Tensor, n: int, k: int) -> tuple[torch.Tensor, ...]:
-    return unblock_int4(*laid_out, n, k)
+def _unblock_int4(
+    packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, n: int, k: int
+) -> tuple[torch.Tensor, ...]:
+    return unblock_int4(packed, scales, zeros, n, k)
 
 
-def _unblock_int8(*laid_out: torch.Tensor, n: int, k: int) -> tuple[torch.Tensor, ...]:
-    return unblock_int8(*laid_out, n)
+def _unblock_int8(
+    packed: torch.Tensor, scales: torch.Tensor, *, n: int, k: int
+) -> tuple[torch.Tensor, ...]:
+    return unblock_int8(packed, scales, n)
 
 
 # From a provider's layout back to the canonical form, by the name of the layout step.
@@ -102,9 +117,11 @@ class ChooseProviders(Pass):
     def run(self, program: Program, options: ProviderOptions) -> PassResult:
         result = PassResult()
         overrides = dict(options.overrides)
+        for name, provider in overrides.items():
+            _check_override(name, provider)
         for node in program.calls():
             name = "linear" if node.target is aten.linear.default else smelt_name(node)
-            if name is None:
+            if name is None or "provider" in node.meta:
                 continue
             result.matched += 1
             provider, reason = _choose(program, node, name, overrides.get(name))
@@ -119,6 +136,16 @@ class ChooseProviders(Pass):
                 }
             )
         return result
+
+
+def _check_override(name: str, provider: str) -> None:
+    """Raise UserError when no operator `name` exists or `provider` does not compute it."""
+    if name not in PROVIDERS:
+        raise UserError(f"--provider {name}: no such operator; known: {', '.join(PROVIDERS)}")
+    if provider not in PROVIDERS[name]:
+        raise UserError(
+            f"--provider {name}={provider}: expected one of {', '.join(PROVIDERS[name])}"
+        )
 
 
 def _choose(program: Program, node: fx.Node, name: str, override: str | None) -> tuple[str, str]:

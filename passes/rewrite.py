@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -32,8 +32,9 @@ VIEWS = {
 }
 
 
-def is_call(node: Any, *targets: Any) -> bool:
-    """Whether `node` is a call of one of `targets`."""
+def is_call(node: Any, *targets: Any) -> TypeGuard[Any]:
+    """Whether `node` is a call of one of `targets`. To the type checker it is then anything: fx
+    types arguments as a union of all values a graph can hold."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 

@@ -205,13 +205,14 @@ class WeightPlan:
 
     def needed(self, wanted: Iterable[str]) -> list[Step]:
         """The steps `wanted` depend on, in plan order."""
+        wanted = set(wanted)
         live = set(wanted)
         kept: list[Step] = []
         for step in reversed(self.steps):
             if live & set(step.outputs):
                 kept.append(step)
                 live |= set(step.inputs)
-        unknown = set(wanted) - set(self.specs)
+        unknown = wanted - set(self.specs)
         if unknown:
             raise PlanError(f"weight plan: nothing writes {sorted(unknown)[0]!r}")
         return kept[::-1]
@@ -258,7 +259,8 @@ class WeightPlan:
         h = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode())
         for name in sorted(self.computed):
             h.update(name.encode())
-            h.update(self.computed[name].contiguous().view(torch.uint8).numpy().tobytes())
+            flat = self.computed[name].contiguous().flatten()
+            h.update(flat.view(torch.uint8).numpy().tobytes())
         return h.hexdigest()
 
 

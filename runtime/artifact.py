@@ -70,7 +70,9 @@ def open_artifact(folder: Path | str) -> LoadedArtifact:
         build.load(library if library.is_file() else None)
     weights = map_weights(folder, loaded.target["device"])
     constants = {name: weights[tensor] for name, tensor in loaded.constants.items()}
-    return LoadedArtifact(folder, loaded, Program(loaded, _step(folder, loaded, constants)), weights)
+    return LoadedArtifact(
+        folder, loaded, Program(loaded, _step(folder, loaded, constants)), weights
+    )
 
 
 def check_target(loaded: Manifest) -> None:
@@ -85,7 +87,9 @@ def check_target(loaded: Manifest) -> None:
         raise TargetMismatch(f"built for {target['machine']}, found {isa.machine()}")
     lacking = isa.missing(target["isa"])
     if lacking:
-        raise TargetMismatch(f"built for a processor with {', '.join(lacking)}, which this one lacks")
+        raise TargetMismatch(
+            f"built for a processor with {', '.join(lacking)}, which this one lacks"
+        )
 
 
 def _check_cuda(target: Mapping[str, Any]) -> None:

@@ -63,9 +63,7 @@ class CacheSpec:
     def bytes_per_token(self) -> int:
         """Bytes of K and V that one token takes over all layers."""
         size = self.torch_dtype.itemsize
-        return sum(
-            2 * g * d * size for g, d in zip(self.heads, self.head_sizes, strict=True)
-        )
+        return sum(2 * g * d * size for g, d in zip(self.heads, self.head_sizes, strict=True))
 
     def allocate(self, blocks: int, device: str | torch.device = "cpu") -> list[torch.Tensor]:
         """One zeroed cache tensor a layer. Zeroed, so that a masked read is never NaN times 0."""
@@ -172,9 +170,10 @@ class Batch:
         if len(self.block_tables) != len(spec.groups) or len(self.slot_mapping) != len(spec.groups):
             raise ContractError(f"block_tables: expected {len(spec.groups)} cache groups")
         tokens = self.input_ids.shape[0]
-        for name, tensor in (("position_ids", self.position_ids), *(
-            ("slot_mapping", s) for s in self.slot_mapping
-        )):
+        for name, tensor in (
+            ("position_ids", self.position_ids),
+            *(("slot_mapping", s) for s in self.slot_mapping),
+        ):
             if tensor.shape[0] != tokens:
                 raise ContractError(f"{name} has {tensor.shape[0]} entries for {tokens} tokens")
         if tokens and int(self.position_ids.max()) >= layout.max_position:

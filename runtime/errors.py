@@ -1,4 +1,4 @@
-"""The two kinds of error a person sees. Each text says what was found, where, and what to do next."""
+"""The two kinds of error a person sees; each says what was found, where, and what to do next."""
 
 from __future__ import annotations
 

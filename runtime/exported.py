@@ -31,5 +31,6 @@ class ExportedStep:
     def run(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         """One step; weights are passed first."""
         with torch.no_grad():
-            output: torch.Tensor = self._run(*self._weights, *inputs)
-        return output
+            output = self._run(*self._weights, *inputs)
+        logits: torch.Tensor = output[0] if isinstance(output, list | tuple) else output
+        return logits

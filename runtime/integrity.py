@@ -90,7 +90,7 @@ def _load_notes() -> dict[str, str]:
 
 
 def _save_notes(notes: dict[str, str]) -> None:
-    """Losing a note costs a hash at the next open, so a cache that cannot be written is no error."""
+    """A note that is lost costs a hash at the next open: a cache not writable is no error."""
     path = _notes_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

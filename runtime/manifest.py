@@ -72,7 +72,8 @@ def read(folder: Path) -> Manifest:
         raise ManifestError(f"no artifact {folder}; make one with: smelt compile MODEL -o {folder}")
     if not path.is_file():
         raise ManifestError(
-            f"{folder} is not an artifact (no {FILE_NAME}); make one with: smelt compile MODEL -o OUT"
+            f"{folder} is not an artifact (no {FILE_NAME}); "
+            "make one with: smelt compile MODEL -o OUT"
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

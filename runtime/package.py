@@ -30,7 +30,9 @@ class Package:
             self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
         except RuntimeError as error:
             line = str(error).strip().split("\n")[0]
-            raise PackageError(f"{path.name} does not load: {line}; compile the model again") from error
+            raise PackageError(
+                f"{path.name} does not load: {line}; compile the model again"
+            ) from error
         wanted = self._loader.get_constant_fqns()
         missing = [name for name in wanted if name not in weights]
         if missing:

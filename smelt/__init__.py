@@ -1,3 +1,90 @@
-"""smelt: compiles a Hugging Face causal LM into a fast artifact, and runs it."""
+"""smelt: compiles a Hugging Face causal LM into a fast artifact, and runs it.
+
+    artifact = smelt.compile("path or hub name", "OUT", quant="awq")
+    llm = smelt.load("OUT")
+    outputs = llm.generate(["Once upon a time"], smelt.SamplingParams(max_tokens=64))
+
+Names are imported when first used: running an artifact never imports the compiler.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compiler.api import compile_model as compile
+    from .passes.base import Pass
+    from .runtime.artifact import LoadedArtifact as Artifact
+    from .runtime.engine import Engine
+    from .runtime.errors import SmeltError, UserError
+    from .runtime.llm import LLM, Output
+    from .runtime.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Artifact": ("runtime.artifact", "LoadedArtifact"),
+    "Engine": ("runtime.engine", "Engine"),
+    "LLM": ("runtime.llm", "LLM"),
+    "Output": ("runtime.llm", "Output"),
+    "Pass": ("passes.base", "Pass"),
+    "SamplingParams": ("runtime.sampling_params", "SamplingParams"),
+    "SmeltError": ("runtime.errors", "SmeltError"),
+    "UserError": ("runtime.errors", "UserError"),
+    "compile": ("compiler.api", "compile_model"),
+}
+
+__all__ = [
+    "LLM",
+    "Artifact",
+    "Engine",
+    "Output",
+    "Pass",
+    "SamplingParams",
+    "SmeltError",
+    "UserError",
+    "__version__",
+    "compile",
+    "load",
+]
+
+
+def load(
+    path: str | Path,
+    *,
+    kv_cache_tokens: int | None = None,
+    kv_cache_fraction: float | None = None,
+) -> LLM:
+    """Open an artifact for generation.
+
+    kv_cache_tokens: tokens the KV cache holds over all sequences; kv_cache_fraction: of the free
+    memory (0.4 if neither is given). An artifact made for another machine or torch version is
+    rebuilt in place from its portable program, with a notice. Raises UserError or SmeltError.
+    """
+    from .runtime.artifact import TargetMismatch
+    from .runtime.llm import load as open_llm
+
+    try:
+        return open_llm(path, kv_cache_tokens=kv_cache_tokens, kv_cache_fraction=kv_cache_fraction)
+    except TargetMismatch as mismatch:
+        print(f"smelt: {path}: {mismatch}; rebuilding it for this machine", file=sys.stderr)
+    from .compiler.api import rebuild
+
+    rebuild(Path(path))
+    return open_llm(path, kv_cache_tokens=kv_cache_tokens, kv_cache_fraction=kv_cache_fraction)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'smelt' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    value = getattr(import_module(f".{module}", __name__), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -55,19 +55,19 @@ class KeepLogitsRows(Pass):
             return result
         chain = _rowwise_tail(program)
         if not any(is_call(n, aten.linear.default) or "linear_int" in n.name for n in chain):
-            result.decline(chain[-1], "no output layer found between the last layer and the logits")
+            last = chain[-1] if chain else next(n for n in program.graph.nodes if n.op == "output")
+            result.decline(last, "no output layer found between the last layer and the logits")
             return result
         first = chain[-1]
-        source = first.args[0]
-        assert isinstance(source, fx.Node)
+        (source,) = _moving_inputs(program, first)
         rows = program.dynamic_input((3,), torch.int64, (0,), "logits_rows")
         rows_node = program.add_input("logits_rows", Role.BATCH, rows)
         with program.graph.inserting_before(first):
-            dim = len(shape(source)) - 2
+            dim = _token_dim(source)
             kept = program.call(aten.index_select.default, (source, dim, rows_node), like=first)
             count = program.call(aten.sym_size.int, (rows_node, 0), like=first)
         first.replace_input_with(source, kept)
-        tokens = {n for n in program.calls(aten.sym_size.int)} - {count}
+        tokens = set(program.calls(aten.sym_size.int)) - {count}
         for node in reversed(chain):
             for size in tokens & set(node.all_input_nodes):
                 node.replace_input_with(size, count)
@@ -85,12 +85,30 @@ def _rowwise_tail(program: Program) -> list[fx.Node]:
     while isinstance(node, fx.Node) and node.op == "call_function" and node.target in _ROWWISE:
         if len(node.users) != 1:
             break
-        moving = [n for n in node.all_input_nodes if _moves_with_tokens(program, n)]
-        if len(moving) != 1:
+        moving = _moving_inputs(program, node)
+        if len(moving) != 1 or _cuts_tokens(node, moving[0]):
             break
         chain.append(node)
         node = moving[0]
     return chain
+
+
+def _moving_inputs(program: Program, node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if _moves_with_tokens(program, n)]
+
+
+def _token_dim(node: fx.Node) -> int:
+    return next(i for i, size in enumerate(shape(node)) if isinstance(size, torch.SymInt))
+
+
+def _cuts_tokens(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a slice or select takes some of the tokens, so that rows change their numbers."""
+    if not is_call(node, aten.slice.Tensor, aten.select.int):
+        return False
+    dim = node.args[1] if len(node.args) > 1 else 0
+    assert isinstance(dim, int)
+    whole = is_call(node, aten.slice.Tensor) and shape(node) == shape(source)
+    return dim % len(shape(source)) == _token_dim(source) and not whole
 
 
 def _moves_with_tokens(program: Program, node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..base import Exact, Pass, PassResult
 from ..program import Program
-from ..rewrite import aten, is_call, only_user, operands, shape
+from ..rewrite import aten, dtype, is_call, only_user, operands, shape
 
 _KINDS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu"}
 
@@ -39,11 +39,16 @@ class CanonicalizeGatedActivation(Pass):
         for node in program.calls(*_KINDS, aten.gelu.default):
             gate = node.args[0]
             product = only_user(node)
+            if product is None and any(is_call(u, aten.mul.Tensor) for u in node.users):
+                result.decline(node, "the activation has another reader than the product")
             if product is None or not is_call(product, aten.mul.Tensor):
                 continue
             left, right = operands(product)
             up = right if left is node else left
-            if not isinstance(up, fx.Node) or up is node or shape(up) != shape(gate):
+            if not isinstance(up, fx.Node) or up is node:
+                continue
+            if shape(up) != shape(gate) or dtype(up) != dtype(gate):
+                result.decline(node, "the activation and its sibling differ in shape or dtype")
                 continue
             result.matched += 1
             with program.graph.inserting_after(product):

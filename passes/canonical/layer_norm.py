@@ -8,14 +8,15 @@ from torch import fx
 
 from ..base import Close, Pass, PassResult
 from ..program import Program
-from ..rewrite import aten, dtype, is_call, only_user, past_casts, shape, split_operands, uncast
+from ..rewrite import aten, dtype, is_call, only_user, past_casts, shape, uncast
 
 
 class CanonicalizeLayerNorm(Pass):
     """(x - mean(x)) * rsqrt(var(x) + eps) * weight becomes `aten.layer_norm`.
 
     Before                                          After
-        d = aten.sub(x, aten.mean(x, [-1], True))       y = aten.layer_norm(x, [K], weight, None, eps)
+        d = aten.sub(x, aten.mean(x, [-1], True))       y = aten.layer_norm(x, [K], weight,
+                                                                            None, eps)
         v = aten.mean(aten.pow(d, 2), [-1], True)
         y = aten.mul(weight, aten.mul(d, aten.rsqrt(v + eps)))
 
@@ -36,13 +37,15 @@ class CanonicalizeLayerNorm(Pass):
             if x is None:
                 continue
             product = only_user(node)
-            end = past_casts(product) if product is not None else None
-            weighted = only_user(end) if end is not None else None
-            if end is None or weighted is None or not is_call(weighted, aten.mul.Tensor):
+            if product is None or not _normalises(product, node):
+                result.decline(node, "the inverse root multiplies something else than x - mean(x)")
+                continue
+            end = past_casts(product)
+            weighted = only_user(end)
+            if weighted is None or not is_call(weighted, aten.mul.Tensor):
                 result.decline(node, "no product with a weight follows the normalisation")
                 continue
-            pair = split_operands(weighted, lambda n, end=end: n is end)
-            weight = uncast(pair[1]) if pair else None
+            weight = uncast(next((a for a in weighted.args if a is not end), None))
             if program.weight_name(weight) is None or shape(weight) != shape(x)[-1:]:
                 result.decline(node, "the weight's shape is not the normalised one")
                 continue
@@ -54,9 +57,7 @@ class CanonicalizeLayerNorm(Pass):
     def expect(self, program: Program) -> int | None:
         return program.facts.module_counts.get("layer_norm", 0)
 
-    def _replace(
-        self, program: Program, x: fx.Node, weight: fx.Node, eps: float, end: fx.Node
-    ) -> None:
+    def _replace(self, program: Program, x: fx.Node, weight: Any, eps: float, end: fx.Node) -> None:
         args = (x, [shape(x)[-1]], weight, None, eps)
         with program.graph.inserting_after(end):
             new = program.call(aten.layer_norm.default, args, like=end)
@@ -65,16 +66,34 @@ class CanonicalizeLayerNorm(Pass):
             raise ValueError(f"{end.name}: the norm's dtype changed from {dtype(end)}")
 
 
+def _normalises(product: fx.Node, rsqrt: fx.Node) -> bool:
+    """Whether `product` is the centred value, the one whose variance was taken, times `rsqrt`."""
+    if not is_call(product, aten.mul.Tensor):
+        return False
+    other = next((a for a in product.args if a is not rsqrt), None)
+    total: Any = rsqrt.args[0]
+    return uncast(other) is uncast(total.args[0].args[0].args[0])
+
+
+def _over_last(node: Any) -> bool:
+    """Whether `node` is a mean over the last dimension that keeps it."""
+    if not is_call(node, aten.mean.dim) or node.args[2:3] != (True,):
+        return False
+    return list(node.args[1]) in ([-1], [len(shape(node)) - 1])
+
+
 def _variance_of(rsqrt: fx.Node) -> tuple[Any, float]:
     """(x, eps) where `rsqrt` is 1/sqrt(var(x) + eps); (None, 0) otherwise."""
     total = rsqrt.args[0]
     if not is_call(total, aten.add.Tensor) or not isinstance(total.args[1], float):
         return None, 0.0
     mean = total.args[0]
-    if not is_call(mean, aten.mean.dim) or not is_call(mean.args[0], aten.pow.Tensor_Scalar):
+    if not _over_last(mean) or not is_call(mean.args[0], aten.pow.Tensor_Scalar):
+        return None, 0.0
+    if mean.args[0].args[1] != 2:
         return None, 0.0
     centred = mean.args[0].args[0]
-    if not is_call(centred, aten.sub.Tensor) or not is_call(centred.args[1], aten.mean.dim):
+    if not is_call(centred, aten.sub.Tensor) or not _over_last(centred.args[1]):
         return None, 0.0
     if uncast(centred.args[0]) is not uncast(centred.args[1].args[0]):
         return None, 0.0

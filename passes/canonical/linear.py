@@ -38,8 +38,11 @@ class CanonicalizeLinear(Pass):
             if name is None or len(shape(weight)) != 2:
                 continue
             result.matched += 1
-            if bias is not None and program.weight_name(bias) is None:
+            if bias is not None and (program.weight_name(bias) is None or len(shape(bias)) != 1):
                 result.decline(node, "the added term is not a bias of the model")
+                continue
+            if node.kwargs:
+                result.decline(node, f"the product is scaled by {dict(node.kwargs)}")
                 continue
             assert isinstance(x, fx.Node)
             self._rewrite(program, node, x, name, bias)
@@ -63,5 +66,6 @@ def _restoring_view(node: fx.Node, x: fx.Node) -> fx.Node:
         return node
     user = next(iter(node.users))
     before = x.args[0]
+    flattened = shape(x)[-1] == shape(before)[-1]
     same = is_call(user, aten.view.default) and shape(user)[:-1] == shape(before)[:-1]
-    return user if same else node
+    return user if flattened and same else node

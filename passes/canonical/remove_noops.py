@@ -22,7 +22,7 @@ class RemoveNoops(Pass):
         c = aten.mul(b, 1.0)
 
     Legal for: dropout and alias in evaluation, conversions to the dtype and device a value already
-    has, multiplication by exactly one, slices of everything, concatenation with nothing. Tracing
+    has, multiplication by exactly one in one dtype, slices of everything, concatenation with nothing. Tracing
     leaves a dozen of them a layer; without them later passes match one form and not five.
     """
 
@@ -50,9 +50,11 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         return _node(node.args[0])
     if is_call(node, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default):
         x = _node(node.args[0])
-        return x if x is not None and dtype(x) == dtype(node) else None
+        same = x is not None and dtype(x) == dtype(node) and _device(x) == _device(node)
+        return x if same else None
     if is_call(node, aten.mul.Tensor) and node.args[1] == 1.0:
-        return _node(node.args[0])
+        x = _node(node.args[0])
+        return x if x is not None and dtype(x) == dtype(node) else None
     if is_call(node, aten.slice.Tensor):
         return _whole_slice(node)
     if is_call(node, aten.cat.default):
@@ -65,6 +67,10 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
 
 def _node(value: Any) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
+
+
+def _device(node: fx.Node) -> Any:
+    return node.meta["val"].device
 
 
 def _whole_slice(node: fx.Node) -> fx.Node | None:
@@ -80,5 +86,12 @@ def _cat_with_nothing(node: fx.Node) -> fx.Node | None:
     assert isinstance(parts, list | tuple)
     dim = node.args[1] if len(node.args) > 1 else 0
     assert isinstance(dim, int)
-    full = [p for p in parts if isinstance(p, fx.Node) and shape(p)[dim] != 0]
-    return full[0] if len(full) == 1 and len(parts) > 1 else None
+    full = [p for p in parts if isinstance(p, fx.Node) and not _is_empty(p, dim)]
+    alone = len(full) == 1 and len(parts) > 1 and dtype(full[0]) == dtype(node)
+    return full[0] if alone else None
+
+
+def _is_empty(node: fx.Node, dim: int) -> bool:
+    """Whether a part adds nothing; torch lets a [0] stand among parts of any rank."""
+    sizes = shape(node)
+    return bool(sizes == (0,) or sizes[dim] == 0)

@@ -53,6 +53,9 @@ class CanonicalizeRmsNorm(Pass):
         result = PassResult()
         for node in program.calls(aten.rms_norm.default):
             x, weight = node.args[0], node.args[2] if len(node.args) > 2 else None
+            if len(node.args[1]) != 1:  # type: ignore[arg-type]
+                result.decline(node, f"the mean is over {len(node.args[1])} dimensions")  # type: ignore[arg-type]
+                continue
             given = node.args[3] if len(node.args) > 3 else None
             eps = float(given) if isinstance(given, float) else torch.finfo(dtype(x)).eps
             assert isinstance(x, fx.Node)
@@ -95,25 +98,24 @@ def _match(program: Program, rsqrt: fx.Node) -> _Match | None:
     if not is_call(mean, aten.mean.dim):
         return None
     square = mean.args[0]
-    if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2:
-        wide = square.args[0]
-    elif is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1]:
-        wide = square.args[0]
-    else:
+    power = is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2
+    product = is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1]
+    if not power and not product:
         return None
+    wide = square.args[0]
     assert isinstance(wide, fx.Node)
     if is_call(wide, aten.sub.Tensor) and is_call(uncast(wide.args[1]), aten.mean.dim):
         return None  # a variance: layer norm
     if list(mean.args[1]) not in ([-1], [len(shape(wide)) - 1]):
         raise _NearMiss(f"the mean is over dimensions {mean.args[1]}, not the last")
-    product = only_user(rsqrt)
-    if product is None or not is_call(product, aten.mul.Tensor):
+    scaled = only_user(rsqrt)
+    if scaled is None or not is_call(scaled, aten.mul.Tensor):
         raise _NearMiss("the inverse root has another reader than the product")
-    pair = split_operands(product, lambda n: n is rsqrt)
+    pair = split_operands(scaled, lambda n: n is rsqrt)
     if pair is None or uncast(pair[1]) is not uncast(wide):
         raise _NearMiss("the inverse root multiplies something else than the normalised value")
     x = uncast(wide)
-    end = past_casts(product)
+    end = past_casts(scaled)
     weighted = only_user(end)
     weight: fx.Node | None = None
     offset = 0.0

@@ -79,11 +79,18 @@ def _rotation_of(node: Any, x: Any) -> bool | None:
         minus, plus = node.args[0]
         if is_call(minus, aten.neg.default) and _slice(minus.args[0], x) == (shape(x)[-1] // 2, 1):
             return False if _slice(plus, x) == (0, 1) else None
-    if is_call(node, aten.flatten.using_ints) and is_call(node.args[0], aten.stack.default):
+    if is_call(node, aten.flatten.using_ints) and _stacks_last(node.args[0], x):
         minus, plus = node.args[0].args[0]
         if is_call(minus, aten.neg.default) and _slice(minus.args[0], x) == (1, 2):
             return True if _slice(plus, x) == (0, 2) else None
     return None
+
+
+def _stacks_last(node: Any, x: Any) -> bool:
+    """Whether `node` stacks pairs behind the last dimension: any other gives halves."""
+    if not is_call(node, aten.stack.default) or len(node.args[0]) != 2:
+        return False
+    return len(node.args) > 1 and node.args[1] in (-1, len(shape(x)))
 
 
 def _slice(node: Any, x: Any) -> tuple[int, int] | None:
@@ -103,8 +110,10 @@ def _with_rest(match: _Match) -> _Match:
     if user is None or not is_call(user, aten.cat.default) or not is_call(part, aten.slice.Tensor):
         return match
     whole = part.args[0]
-    pieces = user.args[0]
+    pieces: Any = user.args[0]
     if len(pieces) != 2 or pieces[0] is not end or _slice(part, whole) != (0, 1):
+        return match
+    if shape(user) != shape(whole):
         return match
     if _slice(uncast(pieces[1]), whole) != (shape(part)[-1], 1):
         return match

@@ -61,6 +61,8 @@ def _bias(node: fx.Node) -> fx.Node | None:
 def _refusal(program: Program, family: list[fx.Node]) -> str | None:
     if len({_bias(node) is None for node in family}) > 1:
         return "some of the siblings have a bias and some have none"
+    if any(program.weight_name(b) is None for b in map(_bias, family) if b is not None):
+        return "a bias is computed in the graph"
     if len({dtype(node.args[1]) for node in family}) > 1:
         return "the siblings' weights have different dtypes"
     if len({program.weight_name(node.args[1]) for node in family}) < len(family):

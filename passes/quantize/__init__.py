@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-
+from .awq import AwqOptions, QuantizeAwq
 from .rtn import QuantizeRtn, RtnOptions
 from .spec import QuantSpec, Scheme
 
-__all__ = ["QuantSpec", "QuantizeRtn", "RtnOptions", "Scheme"]
+__all__ = ["AwqOptions", "QuantSpec", "QuantizeAwq", "QuantizeRtn", "RtnOptions", "Scheme"]

@@ -6,7 +6,6 @@ another weight is the head, the one that reaches an expert layer's choice of exp
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import fx
 
 from smelt.passes.dialect import smelt_name
 from smelt.passes.program import Program, module_path
-from smelt.passes.rewrite import is_call, shape
+from smelt.passes.rewrite import is_call
 
 from . import formats as _formats  # noqa: F401 - registers the plan operations
 from .spec import QuantSpec, Scheme
@@ -64,9 +63,7 @@ def find_linears(program: Program, spec: QuantSpec) -> list[Linear]:
         sources = tuple(checkpoint_names(program, name))
         layer = layer_name(sources) or module_path(node) or node.name
         reason = _reason_to_leave(program, node, spec, int(n), int(k))
-        found.append(
-            Linear(node, layer, name, sources, int(n), int(k), spec.scheme(layer), reason)
-        )
+        found.append(Linear(node, layer, name, sources, int(n), int(k), spec.scheme(layer), reason))
     return found
 
 
@@ -82,7 +79,8 @@ def layer_name(sources: Iterable[str]) -> str:
     paths = [name.removesuffix(".weight") for name in sources]
     if not paths:
         return ""
-    prefix = os.path.commonprefix([path.rpartition(".")[0] + "." for path in paths])
+    parents = [path[: path.rfind(".") + 1] for path in paths]
+    prefix = os.path.commonprefix(parents)
     prefix = prefix[: prefix.rfind(".") + 1]
     return prefix + "+".join(path.removeprefix(prefix) for path in paths)
 
@@ -139,7 +137,9 @@ def to_quantized(
     """
     extras = [(kind, name) for kind, name in (("columns", columns), ("rows", rows), ("clip", clip))]
     given = [(kind, name) for kind, name in extras if name is not None]
-    fields = ("qweight", "scales", "zeros") if linear.scheme.format == "int4" else ("qweight", "scales")
+    fields = (
+        ("qweight", "scales", "zeros") if linear.scheme.format == "int4" else ("qweight", "scales")
+    )
     names = program.weights.add(
         f"quantize_{linear.scheme.format}",
         [f"{linear.weight}.{field}" for field in fields],

@@ -10,7 +10,7 @@ from smelt.passes.program import Dialect, Program
 
 from .linears import find_linears, to_quantized
 from .spec import QuantSpec
-from .verdict import Verdict, group_note, group_size, left_alone, parameters, summary
+from .verdict import Verdict, group_note, group_size, left_alone, left_experts, parameters, summary
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class QuantizeRtn(Pass):
                 reason=group_note(linear),
             )
             result.notes.append(verdict.to_json())
+        left_experts(program, result)
         result.notes.append(summary(linears, weights))
         program.clean()
         return result

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from smelt.passes.base import PassResult
 from smelt.passes.dialect import smelt_name
 from smelt.passes.program import Program, Role
 from smelt.passes.rewrite import is_call, shape
 
 from .linears import Linear
+
+EXPERTS = "experts (not supported yet)"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ class Verdict:
 def left_alone(linear: Linear) -> Verdict:
     """The verdict of a linear that stays at 16 bits."""
     return Verdict(linear.layer, "none", "16 bit", 0, linear.parameters, reason=linear.reason)
+
+
+def left_experts(program: Program, result: PassResult) -> None:
+    """Record the expert layers, whose weights no method here quantizes yet."""
+    for node in program.calls(torch.ops.smelt.experts.default):
+        result.decline(node, EXPERTS)
 
 
 def group_note(linear: Linear) -> str | None:
@@ -87,7 +96,7 @@ def _kind(node: fx.Node) -> str:
     if any(is_call(user, torch.ops.aten.embedding.default) for user in users):
         return "embeddings"
     if any(smelt_name(user) == "experts" for user in users):
-        return "experts (not supported yet)"
+        return EXPERTS
     return "norms and biases" if len(shape(node)) < 2 else "other weights"
 
 

@@ -44,9 +44,7 @@ def _causal(queries: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Ten
     return visible & (distance < window) if window > 0 else visible
 
 
-def _attention_fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object
-) -> torch.Tensor:
+def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 

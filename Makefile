@@ -1,0 +1,65 @@
+# Verbs of the project; each does its own set-up. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Installed once for each state of these files.
+STAMP := $(VENV)/.installed
+OUT ?= out/demo
+DEMO := models/demo/smelt-demo
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install check format test test-slow test-gpu goldens demo bench bench-quality size clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP) ## create .venv and install everything pinned
+
+# torch comes first and exactly, so that the CPU build is taken and no CUDA packages follow.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+check: $(STAMP) ## format, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python scripts/types.py
+	$(BIN)/python -m pytest -q tests/test_structure.py
+
+format: $(STAMP) ## rewrite the files in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(STAMP) ## the whole suite: offline, CPU, under 10 minutes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
+
+test-slow: $(STAMP) ## what takes minutes a test
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP) ## what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+goldens: $(STAMP) ## regenerate the golden graphs; the diff is for review
+	SMELT_REGENERATE_GOLDENS=1 $(BIN)/python -m pytest -q tests/passes
+	git diff --stat tests/goldens
+
+demo: $(STAMP) ## compile the shipped model with AWQ and talk to it
+	$(BIN)/python scripts/demo.py $(DEMO) $(OUT)
+
+bench: $(STAMP) ## decode and start-up against transformers, one interleaved run
+	$(BIN)/python -m benchmarks.decode
+
+bench-quality: $(STAMP) ## perplexity and KL of every scheme on the test checkpoints
+	$(BIN)/python -m benchmarks.quality
+
+size: ## lines of code by folder
+	@for d in compiler passes runtime models cli smelt tests; do \
+	  printf '%-10s %6d\n' $$d $$(find $$d -name '*.py' -o -name '*.cpp' -o -name '*.h' | xargs cat | wc -l); done
+
+clean: ## remove build results, not the environment
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,84 @@
+"""`smelt bench OUT`: speed of an artifact beside the memory bandwidth of the same minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Artifact
+
+if TYPE_CHECKING:
+    from smelt.runtime.measure import Measurement
+
+
+def command(
+    artifact: Artifact,
+    prompt: Annotated[int, typer.Option("--prompt", help="Tokens of each prompt.")] = 128,
+    gen: Annotated[int, typer.Option("--gen", help="Tokens generated for each.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences at once.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds; medians are printed.")] = 3,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random prompts.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
+    ] = False,
+) -> None:
+    """Measure prefill and decode speed, and how much of the memory bandwidth decoding reaches.
+
+    Prompts are random tokens, end tokens are ignored. The bandwidth is that of all threads reading
+    a buffer larger than the caches, timed before every round. A decode step reads the weights once,
+    so with one sequence tokens a second times bytes of weights cannot exceed it (cache reads of a
+    small model can).
+    """
+    from smelt.runtime.measure import bench
+
+    with _progress() as progress:
+        found = bench(
+            artifact,
+            prompt=prompt,
+            gen=gen,
+            batch=batch,
+            rounds=rounds,
+            seed=seed,
+            progress=progress,
+        )
+    if as_json:
+        import json
+
+        print(json.dumps(vars(found)))
+    else:
+        print(report(found, batch))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    import sys
+
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task: Any = bar.add_task("measuring", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def report(found: Measurement, batch: int) -> str:
+    """The measurement as a few lines."""
+    steps = "" if batch == 1 else f" ({found.decode_tokens_per_s / batch:.1f} steps/s)"
+    return "\n".join(
+        (
+            f"prefill            {found.prefill_tokens_per_s:.1f} tokens/s",
+            f"decode             {found.decode_tokens_per_s:.1f} tokens/s{steps}",
+            f"first token after  {found.ttft_s * 1e3:.1f} ms",
+            f"loading            {found.load_s:.2f} s",
+            f"peak memory        {found.peak_rss_bytes / 2**20:.0f} MiB",
+            f"weights a step     {found.weight_bytes_per_token / 1e6:.1f} MB",
+            f"memory bandwidth   {found.read_bandwidth_bytes_per_s / 1e9:.1f} GB/s",
+            f"of the bound       {100 * found.bound_fraction:.1f} %",
+        )
+    )

@@ -1,0 +1,116 @@
+"""`smelt plan MODEL`: the memory a model will need, before anything is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from smelt.compiler.plan import MemoryPlan
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model folder, a config.json, or a hub name; no weights needed."
+        ),
+    ],
+    ctx: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--ctx", help="Tokens of a sequence; default 4096 or the context.", show_default=False
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences at once.")] = 1,
+    quant: Annotated[str, typer.Option("--quant", help="none, rtn or awq.")] = "none",
+    format: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--format", help="int4 or int8.", show_default=False),
+    ] = None,
+    group_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--group-size", help="Weights that share a scale.", show_default=False),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code of the model's folder.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
+    ] = False,
+) -> None:
+    """Memory of weights, KV cache and activations, from the configuration alone."""
+    from smelt.compiler.plan import plan
+
+    found = plan(
+        model,
+        ctx=ctx,
+        batch=batch,
+        trust_remote_code=trust_remote_code,
+        quant=quant,
+        format=format,
+        group_size=group_size,
+        dtype=dtype,
+    )
+    if as_json:
+        import json
+
+        print(json.dumps(found.to_json()))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(table(found))
+    for line in (verdict(found), *(f"note: {note}" for note in found.notes)):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def table(found: MemoryPlan) -> Table:
+    """The parts and their sum."""
+    from rich.table import Table
+
+    title = f"{found.model_class}, {found.parameters / 1e9:.3g} B parameters"
+    made = Table(title=title, title_justify="left")
+    made.add_column("part")
+    made.add_column("memory", justify="right")
+    made.add_column("what it is")
+    weights = f"{found.dtype}, {found.quant}"
+    if found.quant == "none":
+        weights = found.dtype
+    elif found.weights_bytes:
+        ratio = found.weights_unquantized_bytes / found.weights_bytes
+        weights += f": {ratio:.2f} times smaller than in {found.dtype}"
+    made.add_row("weights", size(found.weights_bytes), weights)
+    cache = f"{found.batch} x {found.ctx} tokens, {size(found.kv_bytes_per_token)} a token"
+    made.add_row("KV cache", size(found.kv_bytes), cache)
+    made.add_row("activations", size(found.activation_bytes), "buffers of the largest step")
+    made.add_section()
+    made.add_row("total", size(found.total_bytes), "")
+    return made
+
+
+def verdict(found: MemoryPlan) -> str:
+    """Whether it fits into this machine."""
+    free, all_ = size(found.memory_available_bytes), size(found.memory_total_bytes)
+    if found.fits:
+        return f"fits: {free} of this machine's {all_} are free"
+    if found.total_bytes <= found.memory_total_bytes:
+        return f"does not fit now: {free} of this machine's {all_} are free; close something"
+    return (
+        f"does not fit: this machine has {all_}; try --quant awq, a smaller --ctx or --batch, "
+        "or a smaller model"
+    )
+
+
+def size(count: int) -> str:
+    """Bytes for people, in binary units."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

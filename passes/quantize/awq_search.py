@@ -1,0 +1,129 @@
+"""The two searches of AWQ (Lin et al. 2023, arXiv:2306.00978): channel scales, then clipping.
+
+AWQ keeps no weight at 16 bits. It multiplies the columns of a weight that meet large activations
+before rounding, so that their rounding error shrinks, and divides the input by the same factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .formats import CLIP_STEPS, fake_quantize
+from .spec import Scheme
+
+ALPHAS = tuple(i / 20 for i in range(20))
+# A range is shrunk to no less than half.
+MAX_CLIP = CLIP_STEPS // 2
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scale found for a group. factor float32 [P], a producer's channel each; alpha 0: ones."""
+
+    alpha: float
+    factor: torch.Tensor
+
+
+def output_error(rows: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """||x d||^2 of every output: rows [R, K], difference [N, K] of the weights -> [N]."""
+    return (rows @ difference.T).square().sum(0)
+
+
+def channel_sizes(mean: torch.Tensor, columns: torch.Tensor, channels: int) -> torch.Tensor:
+    """Mean |x| of each of a producer's channels, over the columns that read it; 0 for the others.
+
+    mean [K], columns int64 [K] -> [channels]. With grouped heads several columns share a channel.
+    """
+    total = torch.zeros(channels).index_add_(0, columns, mean)
+    count = torch.zeros(channels).index_add_(0, columns, torch.ones_like(mean))
+    return total / count.clamp(min=1)
+
+
+def factor_for(sizes: torch.Tensor, alpha: float) -> torch.Tensor:
+    """sizes^alpha, divided by the geometric mean of its extremes; 1 for channels nothing reads.
+
+    sizes [P] -> float32 [P]. A channel that is (nearly) never active counts as 1e-4 of the largest,
+    or its factor would grow without bound.
+    """
+    read = sizes > 0
+    floor = sizes.max() * 1e-4
+    if not read.any() or alpha == 0:
+        return torch.ones_like(sizes)
+    factor = sizes.clamp(min=float(floor)).pow(alpha)
+    used = factor[read]
+    return torch.where(read, factor / (used.max() * used.min()).sqrt(), torch.ones_like(factor))
+
+
+def search_scale(
+    weights: Sequence[torch.Tensor],
+    schemes: Sequence[Scheme],
+    mean: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    channels: int,
+) -> Scale:
+    """The alpha whose factor gives the smallest output error, summed over the group's linears.
+
+    weights: [N, K] each; mean [K]; rows [R, K]; columns int64 [K] into the producer's channels.
+    The error is ||W x - Q(W s) (x / s)||^2 on `rows`.
+    """
+    sizes = channel_sizes(mean, columns, channels)
+    best = Scale(0.0, torch.ones(channels))
+    lowest = float("inf")
+    for alpha in ALPHAS:
+        factor = factor_for(sizes, alpha)
+        s = factor[columns]
+        error = 0.0
+        for weight, scheme in zip(weights, schemes, strict=True):
+            w = weight.float()
+            difference = fake_quantize(w * s, scheme) / s - w
+            error += float(output_error(rows, difference).sum())
+        if error < lowest:
+            lowest = error
+            best = Scale(alpha, factor)
+    return best
+
+
+def search_clip(
+    weight: torch.Tensor, scheme: Scheme, rows: torch.Tensor, gram: torch.Tensor | None
+) -> torch.Tensor:
+    """How far to shrink the range of each group of each row: uint8 [N, G], in CLIP_STEPS.
+
+    weight [N, K], rows [R, K] and gram [G, g, g] (sums of x x^T over all tokens, or None) after
+    scaling. Each group is searched by its own share of the output error; a row whose whole error
+    does not shrink by it is left unclipped.
+    """
+    groups = scheme.groups(weight.shape[1])
+    x = rows.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()  # [G, R, g]
+    step = max(1, _CHUNK // weight.shape[1])
+    parts = [_clip_rows(part, scheme, x, gram) for part in weight.float().split(step)]
+    clip = torch.cat(parts)
+    plain = output_error(rows, fake_quantize(weight, scheme) - weight)
+    clipped = output_error(rows, fake_quantize(weight, scheme, clip) - weight)
+    clip[clipped >= plain] = 0
+    return clip
+
+
+def _clip_rows(
+    weight: torch.Tensor, scheme: Scheme, x: torch.Tensor, gram: torch.Tensor | None
+) -> torch.Tensor:
+    """The best step of each group. x [G, R, g] sampled tokens; gram [G, g, g] over all, if kept."""
+    groups = x.shape[0]
+    best = torch.zeros(weight.shape[0], groups, dtype=torch.uint8)
+    lowest = torch.full((weight.shape[0], groups), float("inf"))
+    for step in range(MAX_CLIP + 1):
+        clip = torch.full_like(best, step)
+        difference = (fake_quantize(weight, scheme, clip) - weight).unflatten(1, (groups, -1))
+        d = difference.transpose(0, 1)  # [G, n, g]
+        if gram is not None:
+            error = ((d @ gram) * d).sum(-1).T
+        else:
+            error = (d @ x.transpose(1, 2)).square().sum(-1).T
+        better = error < lowest
+        lowest = torch.where(better, error, lowest)
+        best[better] = step
+    return best

@@ -1,0 +1,51 @@
+// One instruction set's kernels. The build compiles this file once a set, with SMELT_ISA naming it.
+#include "kernels.h"
+
+#include <cstddef>
+#include <type_traits>
+
+namespace smelt {
+namespace SMELT_ISA {
+namespace {
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+}  // namespace
+}  // namespace SMELT_ISA
+}  // namespace smelt
+
+#if defined(SMELT_AVX512) || defined(SMELT_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace smelt {
+namespace SMELT_ISA {
+namespace {
+
+#include "vec.h"
+// Order matters: each uses what stands before it.
+#include "convert.h"
+#include "dense.h"
+#include "quantized.h"
+#include "attention.h"
+
+}  // namespace
+
+#define SMELT_TEXT_(x) #x
+#define SMELT_TEXT(x) SMELT_TEXT_(x)
+
+extern const Kernels table;
+const Kernels table = {
+    SMELT_TEXT(SMELT_ISA), dense_scratch,    dense_prepare,   dense,
+    quantized_scratch,     quantized_prepare, quantized_rows, quantized, dequantize,
+    attention_scratch,     attention_state,   attention_chunk, attention_merge,
+    attention_finish,      convert,
+};
+
+}  // namespace SMELT_ISA
+}  // namespace smelt

@@ -1,0 +1,152 @@
+"""Memory plans: pinned sizes of known models, and agreement with what a compilation writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smelt.compiler.plan import plan
+from smelt.runtime.errors import UserError
+
+GIB = 2**30
+LLAMA_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+}
+TINY = {
+    **LLAMA_7B,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+
+
+def write(folder: Path, config: dict[str, Any], name: str = "model.json") -> str:
+    (folder / name).write_text(json.dumps(config))
+    return str(folder / name)
+
+
+def test_llama_2_7b(tmp_path: Path) -> None:
+    found = plan(write(tmp_path, LLAMA_7B), ctx=4096)
+    assert found.parameters == 6_738_415_616
+    assert found.weights_bytes == 2 * found.parameters
+    assert found.kv_bytes_per_token == 32 * 2 * 32 * 128 * 2
+    assert found.kv_bytes == 2 * GIB
+    # T x (2 hidden + gate, up and their product) x 2 bytes, and one row of logits twice.
+    assert found.activation_bytes == 2048 * (2 * 4096 + 3 * 11008) * 2 + 32000 * 6
+    parts = found.weights_bytes + found.kv_bytes + found.activation_bytes
+    assert found.total_bytes == parts
+    assert found.fits == (parts <= found.memory_available_bytes)
+
+
+def test_llama_2_70b_has_eight_key_value_heads(tmp_path: Path) -> None:
+    config = {
+        **LLAMA_7B,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    }
+    path = write(tmp_path, config)
+    found = plan(path, ctx=4096)
+    assert found.kv_bytes == 1.25 * GIB
+    assert found.parameters == 68_976_648_192
+    assert plan(path, ctx=4096, batch=3).kv_bytes == 3.75 * GIB
+
+
+def test_quantized_weights(tmp_path: Path) -> None:
+    path = write(tmp_path, TINY)
+    plain = plan(path)
+    linears = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    rest = plain.parameters - linears  # embeddings, head and norms stay in 16 bit
+    rows = 2 * (64 * 2 + 32 * 2 + 2 * 128 + 64)
+    int8 = plan(path, quant="rtn", format="int8")
+    assert int8.weights_bytes == 2 * rest + linears + 2 * rows
+    groups = 2 * (64 * 2 * 2 + 32 * 2 * 2 + 2 * 128 * 2 + 64 * 4)
+    int4 = plan(path, quant="awq", group_size=32)
+    assert int4.weights_bytes == 2 * rest + linears // 2 + 3 * groups
+    assert int4.weights_unquantized_bytes == plain.weights_bytes
+    assert plan(path, dtype="fp32").weights_bytes == 2 * plain.weights_bytes
+
+
+def test_tied_embeddings_count_once(tmp_path: Path) -> None:
+    untied = plan(write(tmp_path, TINY))
+    tied = plan(write(tmp_path, {**TINY, "tie_word_embeddings": True}))
+    assert untied.weights_bytes - tied.weights_bytes == 100 * 64 * 2
+
+
+def test_sliding_windows_bound_the_cache(tmp_path: Path) -> None:
+    config = {
+        **TINY,
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 256,
+    }
+    found = plan(write(tmp_path, config), ctx=4096)
+    assert found.kv_bytes == 256 * found.kv_bytes_per_token
+    assert "sliding window" in found.notes[0]
+    assert plan(write(tmp_path, config), ctx=100).kv_bytes == 112 * found.kv_bytes_per_token
+
+
+def test_an_architecture_overrules_a_wrong_model_type(tmp_path: Path) -> None:
+    found = plan(write(tmp_path, {**TINY, "model_type": "llama-converted"}))
+    assert found.model_class == "LlamaForCausalLM"
+    assert "read as llama" in found.notes[0]
+
+
+def test_configurations_of_real_models(data: Callable[[str], Path]) -> None:
+    sizes = {
+        "Llama-3.2-1B-Instruct": 1_235_814_400,
+        "meta-llama--Llama-3.1-8B": 8_030_261_248,
+        "Qwen2.5-0.5B-Instruct": 494_032_768,
+        "gemma3_1b_it": 999_885_952,
+        "mistralai--Mixtral-8x7B-v0.1": 46_702_792_704,
+    }
+    for name, parameters in sizes.items():
+        found = plan(str(data(f"configs/{name}.json")), quant="awq")
+        assert found.parameters == parameters, name
+        assert found.weights_bytes < found.weights_unquantized_bytes, name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"quant": "awq", "format": "int8"}, "use rtn with int8"),
+        ({"quant": "gptq"}, "not supported yet"),
+        ({"quant": "rtn", "group_size": 7}, "multiple of 8"),
+        ({"dtype": "fp8"}, "--dtype fp8"),
+        ({"ctx": 5000}, "from 1 to 4096"),
+        ({"batch": 0}, "--batch is 0"),
+    ],
+)
+def test_what_does_not_work_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        plan(write(tmp_path, TINY), **options)
+
+
+def test_models_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no file or folder"):
+        plan(str(tmp_path / "absent"))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match=r"broken\.json cannot be read"):
+        plan(str(tmp_path / "broken.json"))
+    encoder = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    with pytest.raises(UserError, match="encoder-decoder"):
+        plan(write(tmp_path, encoder))

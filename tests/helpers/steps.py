@@ -1,0 +1,68 @@
+"""Feed packed steps to a cached program by hand, as an engine would, and collect its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from smelt.passes.program import Program
+
+
+class Stepper:
+    """A cached or lowered program run eagerly over sequences whose blocks interleave.
+
+    Block tables are dealt out so that neighbouring blocks of the pool belong to different sequences
+    and no sequence's blocks are in order; each cache group has a table of its own.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, torch.Tensor],
+        sequences: Sequence[torch.Tensor],
+    ) -> None:
+        assert program.caches is not None
+        self.program, self.weights, self.sequences = program, weights, sequences
+        spec = program.caches
+        self.block = spec.block_size
+        wide = -(-max(len(s) for s in sequences) // self.block)
+        count = len(sequences) * wide
+        self.tables = []
+        for group in range(len(spec.groups)):
+            order = torch.arange(count).flip(0).roll(group)
+            self.tables.append(order.view(wide, len(sequences)).T.contiguous().to(torch.int32))
+        self.caches = spec.allocate(count)
+        for cache in self.caches:
+            cache.normal_()  # what an unwritten slot holds must not matter
+        self.done = [0] * len(sequences)
+
+    def step(self, chunks: Mapping[int, int]) -> dict[int, torch.Tensor]:
+        """Run the next chunks[b] tokens of each sequence b; logits [chunks[b], V] of each."""
+        ids, positions, slots, starts, lengths = [], [], [], [0], []
+        for b, count in chunks.items():
+            at = torch.arange(self.done[b], self.done[b] + count)
+            ids.append(self.sequences[b][at])
+            positions.append(at)
+            slots.append(
+                [t[b, at // self.block].long() * self.block + at % self.block for t in self.tables]
+            )
+            starts.append(starts[-1] + count)
+            lengths.append(self.done[b] + count)
+            self.done[b] += count
+        rows = list(chunks)
+        values = {
+            "input_ids": torch.cat(ids),
+            "position_ids": torch.cat(positions),
+            "query_start": torch.tensor(starts, dtype=torch.int32),
+            "seq_lens": torch.tensor(lengths, dtype=torch.int32),
+            "logits_rows": torch.arange(starts[-1]),
+        }
+        for g, table in enumerate(self.tables):
+            values[f"slot_mapping_{g}"] = torch.cat([s[g] for s in slots])
+            values[f"block_tables_{g}"] = table[rows]
+        for i, cache in enumerate(self.caches):
+            values[f"kv_cache_{i}"] = cache
+        output = self.program.run(values, self.weights)
+        logits = output[0] if isinstance(output, tuple | list) else output
+        return {b: logits[starts[i] : starts[i + 1]] for i, b in enumerate(rows)}

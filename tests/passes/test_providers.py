@@ -1,0 +1,166 @@
+"""choose-providers: every operator gets a kernel, with a reason, and weights get its layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.check_pass import check_pass, logits_of
+from helpers.tiny import Subject, Toy, clone_program, program_of, tiny_lowered, tiny_program
+from smelt.compiler.manager import PassManager
+from smelt.compiler.pipeline import PipelineConfig, pipeline, portable_stages
+from smelt.passes.dialect import verify
+from smelt.passes.program import Dialect
+from smelt.passes.providers import INVERSES, ChooseProviders
+from smelt.passes.quantize.rtn import QuantizeRtn, RtnOptions
+from smelt.passes.quantize.spec import QuantSpec
+from smelt.passes.weights import OPERATIONS
+from smelt.runtime.errors import UserError
+from torch import nn
+
+
+class Layer(Toy):
+    """One layer of each inlined kind, and linears with and without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.empty(16))
+        self.gate = nn.Linear(16, 48)
+        self.up = nn.Linear(16, 48, bias=False)
+        self.down = nn.Linear(48, 16, bias=False)
+
+    def body(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.smelt.rms_norm(x, self.norm, 1e-6, 0.0)
+        y = torch.ops.smelt.gated_activation(self.gate(y), self.up(y), "silu")
+        return x + self.down(y)
+
+
+def notes_of(subject: Subject, **overrides: str) -> dict[str, set[str]]:
+    options = {"overrides": tuple(overrides.items())}
+    record = check_pass(subject, ChooseProviders(), before={}, after={}, options=options).record
+    found: dict[str, set[str]] = {}
+    for note in record["notes"]:
+        assert note["reason"]
+        found.setdefault(note["operator"], set()).add(note["provider"])
+    return found
+
+
+def test_on_the_cpu_linears_get_the_kernel_and_elementwise_operators_are_inlined() -> None:
+    found = check_pass(
+        Layer(),
+        ChooseProviders(),
+        before={"aten.linear": 4, "smelt.rms_norm": 1, "smelt.gated_activation": 1},
+        after={
+            "aten.linear": 0,
+            "smelt.linear": 4,
+            "smelt.rms_norm": 0,
+            "smelt.gated_activation": 0,
+            "rms_norm": 1,
+            "gated_activation": 1,
+        },
+        matched=6,
+        rewritten=6,
+        golden="choose-providers_layer",
+    )
+    assert found.program.dialect is Dialect.LOWERED
+    wheres = {note["where"] for note in found.record["notes"]}
+    assert {"gate", "up", "down", "head"} <= wheres
+
+
+def test_a_product_of_two_activations_stays_with_aten() -> None:
+    class Activations(Toy):
+        def body(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x[0], x[0])[None] @ x
+
+    found = check_pass(
+        Activations(),
+        ChooseProviders(),
+        before={"aten.linear": 2},
+        after={"aten.linear": 1, "smelt.linear": 1},
+        matched=2,
+    )
+    assert found.record["notes"][0]["provider"] == "aten"
+
+
+def test_on_another_device_nothing_of_the_cpu_is_chosen() -> None:
+    subject = program_of(Layer())
+    subject.program.target = "cuda"
+    found = notes_of(subject)
+    assert found == {"linear": {"aten"}, "rms_norm": {"inductor"}, "gated_activation": {"inductor"}}
+
+
+def test_an_override_is_taken_and_says_so() -> None:
+    subject = program_of(Layer())
+    assert notes_of(subject, linear="reference")["linear"] == {"reference"}
+    assert notes_of(subject, rms_norm="reference")["rms_norm"] == {"reference"}
+
+
+@pytest.mark.parametrize(
+    ("operator", "provider", "known"),
+    [("linear", "gpu", "aten, cpu, reference"), ("liner", "cpu", "linear")],
+)
+def test_an_unknown_override_is_the_users_mistake(
+    operator: str, provider: str, known: str
+) -> None:
+    program = program_of(Layer()).program
+    options = ChooseProviders.options({"overrides": ((operator, provider),)})
+    with pytest.raises(UserError, match=known):
+        ChooseProviders().run(program, options)
+
+
+def quantized(format_: str) -> Subject:
+    subject = tiny_program("llama")
+    spec = QuantSpec("rtn", format=format_, group_size=16)
+    from smelt.compiler.manager import Stage
+
+    stages = portable_stages(
+        pipeline(PipelineConfig("O2", Stage(QuantizeRtn(), RtnOptions(spec))))
+    )[0]
+    PassManager(stages).run(subject.program)
+    return subject
+
+
+@pytest.mark.parametrize("format_", ["int4", "int8"])
+def test_quantized_linears_get_blocked_weights_that_can_be_turned_back(format_: str) -> None:
+    subject = quantized(format_)
+    name = f"smelt.linear_{format_}"
+    count = len(subject.program.calls(getattr(torch.ops.smelt, f"linear_{format_}").default))
+    assert count
+    found = check_pass(
+        subject,
+        ChooseProviders(),
+        before={name: count},
+        after={name: 0, f"{name}_blocked": count},
+    )
+    plan = found.program.weights
+    layout = [step for step in plan.steps if step.op in INVERSES]
+    assert len(layout) == count
+    step = layout[0]
+    needed = [*step.inputs, *step.outputs]
+    values = dict(plan.materialize(needed, subject.source))
+    back = INVERSES[step.op](*(values[name] for name in step.outputs), **step.args)
+    for original, restored in zip(step.inputs, back, strict=True):
+        assert torch.equal(values[original], restored)
+    again = OPERATIONS[step.op](*back, **step.args)
+    for laid_out, value in zip(step.outputs, again, strict=True):
+        assert torch.equal(values[laid_out], value)
+
+
+def test_on_another_device_quantized_linears_are_dequantized_in_the_graph() -> None:
+    subject = quantized("int4")
+    before = logits_of(subject.program, subject.source, subject.ids)
+    program = clone_program(subject.program)
+    program.target = "cuda"
+    result = ChooseProviders().run(program, ChooseProviders.options({}))
+    program.dialect = Dialect.LOWERED
+    program.clean()
+    verify(program)
+    assert {n["provider"] for n in result.notes if n["operator"] == "linear_int4"} == {"inductor"}
+    torch.testing.assert_close(logits_of(program, subject.source, subject.ids), before)
+
+
+def test_experts_say_that_they_have_no_kernel() -> None:
+    record = tiny_lowered("mixtral").program.records[-1]
+    experts = [note for note in record["notes"] if note["operator"] == "experts"]
+    assert len(experts) == 2
+    assert all(note["provider"] == "reference" for note in experts)
+    assert all("no kernel yet" in note["reason"] for note in experts)

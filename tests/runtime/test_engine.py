@@ -1,0 +1,339 @@
+"""The engine over a tiny attention model: tokens never depend on how they were computed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.fake_step import FakeStep, one_thread  # noqa: F401  (autouse fixture)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smelt.runtime.engine import Engine
+from smelt.runtime.errors import SmeltError, UserError
+from smelt.runtime.kv_cache import allocate_cache, cache_blocks, free_memory
+from smelt.runtime.sampling_params import SamplingParams
+from smelt.runtime.scoring import score
+from smelt.runtime.sequence import Session
+
+BOTH = {"tokens": 5, "fraction": 0.5}
+EXPECTED: dict[tuple[object, ...], list[int]] = {}
+
+
+def run(engine: Engine) -> dict[int, tuple[list[int], str]]:
+    """Step until all is done: tokens and finish reason of each request."""
+    tokens: dict[int, list[int]] = {}
+    reasons: dict[int, str] = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault(output.id, []).extend(output.token_ids)
+            if output.finish_reason:
+                reasons[output.id] = output.finish_reason
+            if output.error:
+                raise output.error
+        engine.check_integrity()
+    assert engine.metrics.running == engine.metrics.waiting == 0
+    return {i: (tokens[i], reasons[i]) for i in reasons}
+
+
+def expected(step: FakeStep, prompt: list[int], count: int) -> list[int]:
+    key = (step.windows, count, *prompt)
+    if key not in EXPECTED:
+        EXPECTED[key] = step.greedy(prompt, count)
+    return EXPECTED[key]
+
+
+def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(97) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    windows=st.sampled_from([(0,), (0, 7), (5, 5)]),
+    block_size=st.sampled_from([1, 3, 16]),
+    max_tokens=st.sampled_from([3, 16, 64]),
+    max_sequences=st.integers(1, 6),
+    tightness=st.sampled_from([1, 2, 10]),
+)
+def test_greedy_is_the_same_batched_chunked_and_preempted(
+    windows: tuple[int, ...],
+    block_size: int,
+    max_tokens: int,
+    max_sequences: int,
+    tightness: int,
+) -> None:
+    step = FakeStep(
+        windows=windows,
+        block_size=block_size,
+        max_tokens=max_tokens,
+        max_sequences=max_sequences,
+    )
+    engine = Engine(step, blocks=tightness * -(-32 // block_size))
+    wanted = prompts(6, 22)
+    ids = [engine.add_request(p, SamplingParams(max_tokens=8)) for p in wanted]
+    results = run(engine)
+    for request, prompt in zip(ids, wanted, strict=True):
+        assert results[request] == (expected(step, prompt, 8), "length")
+    assert engine.memory.free == engine.memory.pools[0].size
+
+
+def test_preemption_happens_and_changes_nothing() -> None:
+    step = FakeStep()
+    engine = Engine(step, blocks=10)
+    wanted = prompts(6, 20, seed=1)
+    ids = [engine.add_request(p, SamplingParams(max_tokens=8)) for p in wanted]
+    results = run(engine)
+    assert engine.metrics.preemptions > 0
+    assert [results[i][0] for i in ids] == [expected(step, p, 8) for p in wanted]
+
+
+def test_sampled_tokens_survive_batching_and_preemption() -> None:
+    params = [SamplingParams(temperature=1.5, seed=i, max_tokens=8) for i in range(6)]
+    wanted = prompts(6, 20, seed=1)
+    alone = []
+    for prompt, each in zip(wanted, params, strict=True):
+        engine = Engine(FakeStep(), blocks=100)
+        request = engine.add_request(prompt, each)
+        alone.append(run(engine)[request][0])
+    engine = Engine(FakeStep(), blocks=10)
+    ids = [engine.add_request(p, each) for p, each in zip(wanted, params, strict=True)]
+    results = run(engine)
+    assert engine.metrics.preemptions > 0
+    assert [results[i][0] for i in ids] == alone
+
+
+def test_window_blocks_are_freed_while_running() -> None:
+    step = FakeStep(windows=(7,), max_position=256)
+    engine = Engine(step, blocks=64)
+    request = engine.add_request(prompts(1, 1)[0], SamplingParams(max_tokens=60))
+    used = []
+    result: list[int] = []
+    while engine.has_work:
+        for output in engine.step():
+            result += output.token_ids
+        used.append(64 - engine.memory.free)
+    assert max(used) <= 3
+    assert result == expected(step, prompts(1, 1)[0], 60), request
+
+
+@pytest.mark.parametrize("windows", [(0,), (0, 7)])
+def test_a_session_prefills_only_new_tokens(windows: tuple[int, ...]) -> None:
+    step = FakeStep(windows=windows, max_tokens=64)
+    engine = Engine(step, blocks=64)
+    session = engine.open_session()
+    history = prompts(1, 20, seed=3)[0]
+    for turn in range(3):
+        before = engine.metrics.prefilled_tokens
+        request = engine.add_request(history, SamplingParams(max_tokens=6), session=session)
+        answer = run(engine)[request][0]
+        assert answer == expected(step, history, 6)
+        computed = engine.metrics.prefilled_tokens - before
+        # The last sampled token of the turn before was never in the cache.
+        assert computed == (len(history) if turn == 0 else 1 + 5)
+        history = history + answer + prompts(1, 1, seed=turn)[0] * 5
+    engine.close_session(session)
+    assert engine.memory.free == 64
+
+
+def test_a_session_reuses_part_of_a_block_after_a_change() -> None:
+    step = FakeStep(windows=(0,), block_size=8, max_tokens=64)
+    engine = Engine(step, blocks=64)
+    session = engine.open_session()
+    history = prompts(1, 20, seed=5)[0] + list(range(30))
+    run_one(engine, history, session)
+    changed = [*history[:21], 90, 91, 92]
+    request = engine.add_request(changed, SamplingParams(max_tokens=6), session=session)
+    assert run(engine)[request][0] == expected(step, changed, 6)
+    assert engine.metrics.reused_tokens == 21
+
+
+def test_a_session_recovers_where_its_window_is_gone() -> None:
+    step = FakeStep(windows=(0, 7), max_tokens=64)
+    engine = Engine(step, blocks=64)
+    session = engine.open_session()
+    history = list(range(40))
+    run_one(engine, history, session)
+    request = engine.add_request(history[:12], SamplingParams(max_tokens=6), session=session)
+    assert run(engine)[request][0] == expected(step, history[:12], 6)
+    assert engine.metrics.reused_tokens == 0
+
+
+def test_idle_sessions_give_way() -> None:
+    step = FakeStep(windows=(0,))
+    engine = Engine(step, blocks=12)
+    sessions = [engine.open_session() for _ in range(3)]
+    for number, session in enumerate(sessions):
+        run_one(engine, list(range(number, number + 14)), session)
+    prompt = list(range(30))
+    request = engine.add_request(prompt, SamplingParams(max_tokens=6))
+    assert run(engine)[request][0] == expected(step, prompt, 6)
+    assert not sessions[0].tokens
+    run_one(engine, list(range(14)), sessions[0])
+
+
+def run_one(engine: Engine, prompt: list[int], session: Session | None = None) -> None:
+    engine.add_request(prompt, SamplingParams(max_tokens=3), session=session)
+    run(engine)
+
+
+def test_a_session_runs_one_request_at_a_time() -> None:
+    engine = Engine(FakeStep(), blocks=32)
+    session = engine.open_session()
+    first = engine.add_request([1, 2], session=session)
+    with pytest.raises(UserError, match="session"):
+        engine.add_request([1, 2], session=session)
+    engine.abort(first)
+    engine.add_request([1, 2], SamplingParams(max_tokens=2), session=session)
+    run(engine)
+
+
+def test_end_tokens_stop_and_can_be_ignored() -> None:
+    step = FakeStep()
+    prompt = [3, 1, 4]
+    answer = expected(step, prompt, 8)
+    place = next(i for i in range(2, 8) if answer[i] not in answer[:i])
+    end = answer[place]
+    for ends, params in (
+        ([96, end], SamplingParams(max_tokens=8)),
+        ([], SamplingParams(max_tokens=8, stop_token_ids=[end])),
+    ):
+        engine = Engine(step, blocks=32, eos_token_ids=ends)
+        request = engine.add_request(prompt, params)
+        assert run(engine)[request] == (answer[: place + 1], "stop")
+    engine = Engine(step, blocks=32, eos_token_ids=[end])
+    request = engine.add_request(prompt, SamplingParams(max_tokens=8, ignore_eos=True))
+    assert run(engine)[request] == (answer, "length")
+    request = engine.add_request(prompt, SamplingParams(max_tokens=8, min_tokens=8))
+    assert end not in run(engine)[request][0][:7]
+
+
+def test_the_context_ends_an_answer() -> None:
+    step = FakeStep(max_position=24)
+    engine = Engine(step, blocks=64)
+    request = engine.add_request(list(range(20)), SamplingParams(max_tokens=None))
+    assert run(engine)[request] == (expected(step, list(range(20)), 4), "length")
+    with pytest.raises(UserError, match=r"24 tokens.*context is 24"):
+        engine.add_request(list(range(24)))
+    engine = Engine(step, blocks=3)
+    with pytest.raises(UserError, match=r"20 tokens.*holds 12"):
+        engine.add_request(list(range(20)))
+    request = engine.add_request([1, 2, 3], SamplingParams(max_tokens=None))
+    assert len(run(engine)[request][0]) == 9
+
+
+def test_bad_prompts_are_refused() -> None:
+    engine = Engine(FakeStep(), blocks=8)
+    with pytest.raises(UserError, match="no tokens"):
+        engine.add_request([])
+    for token in (-1, 97):
+        with pytest.raises(UserError, match=str(token)):
+            engine.add_request([1, token])
+    with pytest.raises(UserError, match="tokenizer"):
+        engine.add_request([1], SamplingParams(stop=["x"]))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_abort_at_any_point_frees_everything(steps: int) -> None:
+    engine = Engine(FakeStep(max_tokens=4), blocks=8)
+    ids = [engine.add_request(list(range(10))) for _ in range(4)]
+    for _ in range(steps):
+        engine.step()
+    for request in ids:
+        engine.abort(request)
+        engine.abort(request)
+        engine.check_integrity()
+    outputs = engine.step()
+    assert [o.finish_reason for o in outputs] == ["abort"] * 4
+    assert not engine.has_work
+    assert engine.memory.free == 8
+
+
+class Failing(FakeStep):
+    """Raises in the third step, then works again."""
+
+    def run(self, batch, caches):  # type: ignore[no-untyped-def]
+        logits = super().run(batch, caches)
+        if len(self.batches) == 3:
+            raise RuntimeError("kernel failed")
+        return logits
+
+
+def test_a_failing_step_ends_its_requests_only() -> None:
+    step = Failing(max_sequences=2)
+    engine = Engine(step, blocks=64)
+    ids = [engine.add_request(p, SamplingParams(max_tokens=4)) for p in prompts(3, 4)]
+    reasons = {}
+    while engine.has_work:
+        for output in engine.step():
+            if output.finish_reason:
+                reasons[output.id] = output.finish_reason
+                assert (output.finish_reason == "error") == (output.error is not None)
+        engine.check_integrity()
+    assert [reasons[i] for i in ids] == ["error", "error", "length"]
+    assert engine.memory.free == 64
+
+
+class NotANumber(FakeStep):
+    """The logits of its first row are NaN."""
+
+    def run(self, batch, caches):  # type: ignore[no-untyped-def]
+        logits = super().run(batch, caches)
+        logits[0] = float("nan")
+        return logits
+
+
+def test_nan_logits_end_that_request_alone() -> None:
+    engine = Engine(NotANumber(), blocks=64)
+    engine.add_request([1, 2])
+    other = engine.add_request([3, 4])
+    outputs = {o.id: o for o in engine.step()}
+    assert outputs[0].finish_reason == "error"
+    assert isinstance(outputs[0].error, SmeltError)
+    assert outputs[other].finish_reason is None
+
+
+@pytest.mark.parametrize("blocks", [11, 64])
+def test_scores_equal_the_oracle(blocks: int) -> None:
+    step = FakeStep(max_rows=5, max_tokens=16)
+    engine = Engine(step, blocks=blocks)
+    session = engine.open_session()
+    run_one(engine, list(range(12)), session)
+    wanted = [*prompts(5, 30, seed=2), [], list(range(44))]
+    for prompt, logits in zip(wanted, score(engine, wanted), strict=True):
+        assert logits.dtype == torch.float32
+        assert logits.shape == (len(prompt), 97)
+        if prompt:
+            torch.testing.assert_close(logits, step.oracle(prompt), atol=1e-5, rtol=1e-5)
+    engine.close_session(session)
+    assert engine.memory.free == blocks
+
+
+def test_cache_size_follows_what_is_asked() -> None:
+    step = FakeStep()
+    spec, layout, device = step.spec, step.layout, step.device
+    assert cache_blocks(spec, layout, device, tokens=9) == 3
+    assert cache_blocks(spec, layout, device) == 8 * 32
+    assert cache_blocks(spec, layout, device, fraction=1e-6) < 8 * 32
+    for wrong in ({"tokens": 0}, {"tokens": 10**15}, {"fraction": 0.0}, {"fraction": 1.5}, BOTH):
+        with pytest.raises(UserError):
+            cache_blocks(spec, layout, device, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cache_tensors_are_zero_and_take_no_memory_before_use(dtype: str) -> None:
+    spec = replace(FakeStep().spec, dtype=dtype)
+    for ours, plain in zip(
+        allocate_cache(spec, 7, torch.device("cpu")), spec.allocate(7), strict=True
+    ):
+        assert torch.equal(ours, plain)
+        assert ours.dtype == plain.dtype
+        assert ours.stride() == plain.stride()
+        ours[3] = 1
+        assert int(ours.sum()) == plain[3].numel()
+    before = free_memory(torch.device("cpu"))
+    caches = allocate_cache(spec, 2**20, torch.device("cpu"))
+    assert sum(c.nbytes for c in caches) > 2**28
+    assert before - free_memory(torch.device("cpu")) < 2**27
