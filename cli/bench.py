@@ -32,6 +32,7 @@ def command(
     so with one sequence tokens a second times bytes of weights cannot exceed it (cache reads of a
     small model can).
     """
+    from smelt import load
     from smelt.runtime.measure import bench
 
     with _progress() as progress:
@@ -43,6 +44,7 @@ def command(
             rounds=rounds,
             seed=seed,
             progress=progress,
+            opener=load,
         )
     if as_json:
         import json

@@ -126,7 +126,7 @@ def _software() -> dict[str, Any]:
     try:
         import torch
 
-        threads, build = torch.get_num_threads(), torch.__version__
+        threads, build = torch.get_num_threads(), str(torch.__version__)
     except Exception as error:
         threads, build = 0, f"torch cannot be imported: {error}"
     return {

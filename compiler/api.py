@@ -110,6 +110,11 @@ def _compile(
         if settings.partial:
             manager.run(program, start=portable_count)
             raise _Stopped
+        if program.caches is None:
+            raise UserError(
+                "without the pass insert-kv-cache there is no step to compile; "
+                "add --stop-after to look at the graph without it"
+            )
         program.layout = _layout(program, settings)
         report("save", 0, 1)
         portable.save_portable(program, folder)
@@ -221,7 +226,7 @@ def _manifest(
     config = loaded.config
     parameters = sum(p.numel() for p in loaded.skeleton.parameters())
     source_bytes = sum(spec.nbytes for spec in loaded.stored.values())
-    providers = next(r["notes"] for r in program.records if r["name"] == "choose-providers")
+    chosen = (r.get("notes", []) for r in program.records if r["name"] == "choose-providers")
     return Manifest(
         model={
             "name": Path(loaded.name).name,
@@ -244,7 +249,7 @@ def _manifest(
         constants={},
         layout_steps=layout_steps(program),
         passes=program.records,
-        providers=providers,
+        providers=next(chosen, []),
         memory={
             "weights_bytes": weight_bytes,
             "kv_bytes_per_token": program.caches.bytes_per_token(),

@@ -23,6 +23,7 @@ from smelt.runtime.integrity import describe
 from smelt.runtime.manifest import FILE_NAME, Manifest
 
 SHARD_BYTES = 2 << 30
+_FULL = 1 << 20
 
 
 @contextmanager
@@ -41,14 +42,22 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
     try:
         yield scratch
         _swap(scratch, out)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        if _is_full(error, out.parent):
             raise SmeltError(
                 f"the disk of {out.parent} is full; nothing was kept, free some space and try again"
             ) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_full(error: Exception, folder: Path) -> bool:
+    """Whether a full disk is behind `error`: torch and safetensors say so in words of their own."""
+    if isinstance(error, UserError):
+        return False
+    known = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return known or "No space left" in str(error) or shutil.disk_usage(folder).free < _FULL
 
 
 def _check_free(out: Path, force: bool) -> None:

@@ -108,7 +108,8 @@ def _path(source: str | Path, model_folder: Path | None) -> Path:
     path = Path(source).expanduser()
     if not path.exists():
         raise UserError(
-            f"no calibration file {path}; name a .txt or .jsonl file, or builtin for the shipped text"
+            f"no calibration file {path}; name a .txt or .jsonl file, or builtin for the text "
+            "that ships"
         )
     if path.is_dir():
         raise UserError(f"calibration {path} is a folder; name a .txt or .jsonl file in it")

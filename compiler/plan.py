@@ -88,7 +88,12 @@ def plan(
     if batch < 1:
         raise UserError(f"--batch is {batch}: give 1 or more")
     with config_folder(model) as (folder, notes):
-        config = load_config(folder, trust_remote_code)
+        try:
+            config = load_config(folder, trust_remote_code)
+        except UserError as error:
+            # A temporary copy's path would tell the user nothing.
+            text = str(error).replace(f"{folder}/config.json", model).replace(str(folder), model)
+            raise UserError(text) from error
         dtype = _dtype(settings.dtype, config, folder, notes)
     ctx = _context(ctx, max_positions(config))
     skeleton = build(config, dtype, real=False, trust_remote_code=trust_remote_code)
@@ -168,8 +173,9 @@ def _settle_class(raw: dict[str, Any]) -> list[str]:
     raw.pop("auto_map", None)  # transformers has the class: the folder's code is not needed
     if kind in types:
         return []
-    raw["model_type"] = types[0]
-    return [f"model_type {kind} is not that of {named}: read as {types[0]}"]
+    plain = named.removesuffix("ForCausalLM").lower()
+    raw["model_type"] = plain if plain in types else types[0]
+    return [f"model_type {kind} is not that of {named}: read as {raw['model_type']}"]
 
 
 def _hub_config(name: str) -> Path:
@@ -244,7 +250,7 @@ def linears(skeleton: Any) -> list[tuple[str, nn.Module, int, int]]:
     """(path, module, N, K) of every linear that quantization takes: no head, tied one or router."""
     head = skeleton.get_output_embeddings()
     table = getattr(skeleton.get_input_embeddings(), "weight", None)
-    found = []
+    found: list[tuple[str, nn.Module, int, int]] = []
     for name, module in skeleton.named_modules():
         if module is head or getattr(module, "weight", None) is table or _is_router(skeleton, name):
             continue

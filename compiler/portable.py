@@ -105,10 +105,10 @@ def load_portable(folder: Path) -> Program:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.load(folder / GRAPH)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        return _program(exported, data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         line = str(error).split("\n")[0]
         raise SmeltError(f"{folder}: the portable program is damaged ({line})") from error
-    return _program(exported, data)
 
 
 def _program(exported: ExportedProgram, data: Mapping[str, Any]) -> Program:

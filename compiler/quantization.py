@@ -28,8 +28,12 @@ def quantize_stage(
     if settings.spec.method == "rtn":
         return Stage(QuantizeRtn(), RtnOptions(settings.spec))
     calibration = _calibration(settings, folder)
+
+    def calibrating(layer: str, done: int, total: int) -> None:
+        progress("calibrate", done, total)
+
     options = AwqOptions(
-        settings.spec, samples=calibration.token_lists, source=source, progress=progress
+        settings.spec, samples=calibration.token_lists, source=source, progress=calibrating
     )
     return Stage(QuantizeAwq(), options)
 

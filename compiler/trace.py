@@ -289,6 +289,10 @@ def refuse_unsupported(program: Program, config: Any) -> None:
     keys = Counter(_source(node.args[1]) for node in nodes)
     if max(keys.values()) > 1:
         raise TraceError(f"{name} shares keys between layers; this is not supported yet")
+    _refuse_rotary(config, name)
+
+
+def _refuse_rotary(config: Any, name: str) -> None:
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     kinds = {p.get("rope_type") for p in _rope_dicts(parameters)}
     for kind in kinds & {"dynamic", "longrope"}:
@@ -368,6 +372,7 @@ def check_against_eager(config: Any, trust_remote_code: bool = False) -> tuple[P
     """
     small, model, ids, expected = _small_model(config, trust_remote_code)
     positions = torch.arange(ids.shape[0])
+    _refuse_rotary(small, type(model).__name__)
     exported = export(model)
     with torch.no_grad():
         difference = (exported.module()(ids, positions) - expected).abs().max().item()

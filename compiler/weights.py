@@ -69,7 +69,14 @@ def _bind_one(
     parts: list[list[str]] = []
     for keys in groups.values():
         parts.append([_load(plan, key, stored[key]) for key in keys])
-    current = _convert(plan, name, operations, parts)
+    try:
+        current = _convert(plan, name, operations, parts)
+    except RuntimeError as error:
+        line = str(error).split("\n")[0]
+        raise UserError(
+            f"{where}: the checkpoint's tensors for {name} do not fit together ({line}); "
+            "is it complete?"
+        ) from error
     found = plan.specs[current]
     if found.shape != spec.shape:
         raise UserError(

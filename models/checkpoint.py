@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder: safetensors, sharded or not, memory-mapped, never all copied."""
+"""Weights of a Hugging Face folder: safetensors, sharded or not, mapped and never all copied."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not a safetensors index: {error}") from error
         for name in names:
             if "/" in name or "\\" in name or not (folder / name).is_file():

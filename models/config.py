@@ -97,7 +97,11 @@ def shrink(config: Any, widths: bool = True) -> Any:
     heads = getattr(config, "num_attention_heads", None) or 4
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     new_heads = min(heads, 4)
-    layers = min(config.num_hidden_layers, _layers_to_show(config))
+    layers = _layers_to_show(config)
+    shared = getattr(config, "num_kv_shared_layers", None)
+    if shared:
+        layers *= 2  # the second half reads the keys of the first
+    layers = min(config.num_hidden_layers, layers)
     sizes: dict[str, Any] = {
         "vocab_size": min(config.vocab_size, 512),
         "num_hidden_layers": layers,
@@ -114,8 +118,10 @@ def shrink(config: Any, widths: bool = True) -> Any:
         "num_experts_per_tok": 2,
         "max_position_embeddings": min(max_positions(config), 4096),
     }
+    if shared:
+        sizes["num_kv_shared_layers"] = layers // 2
     if not widths:
-        sizes = {name: sizes[name] for name in ("vocab_size", "num_hidden_layers")}
+        sizes = {name: sizes[name] for name in _DEPTHS if name in sizes}
     for name, value in sizes.items():
         if isinstance(getattr(config, name, None), int):
             # Some configurations derive a size from others and refuse to have it set.
@@ -127,7 +133,7 @@ def shrink(config: Any, widths: bool = True) -> Any:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(config, name, None) is not None:
             setattr(small, name, 0)
-    for name in _PATTERNS:
+    for name in (*_PATTERNS, "activation_sparsity_pattern"):
         value = getattr(config, name, None)
         if isinstance(value, list):
             with contextlib.suppress(AttributeError):
@@ -135,6 +141,7 @@ def shrink(config: Any, widths: bool = True) -> Any:
     return small
 
 
+_DEPTHS = ("vocab_size", "num_hidden_layers", "num_kv_shared_layers")
 # Lists with one entry a layer.
 _PATTERNS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 

@@ -39,6 +39,12 @@ def meta_parameters() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
+_BUILD_ERRORS = (
+    *(ValueError, KeyError, TypeError, RuntimeError),
+    *(AttributeError, ImportError, ArithmeticError, AssertionError),
+)
+
+
 def build(
     config: Any, dtype: torch.dtype, real: bool, trust_remote_code: bool = False
 ) -> nn.Module:
@@ -58,7 +64,7 @@ def build(
                 attn_implementation="eager",
                 trust_remote_code=trust_remote_code,
             )
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+    except _BUILD_ERRORS as error:
         line = str(error).strip().split("\n")[0]
         raise UserError(
             f"{type(config).__name__}: transformers cannot build the model: {line}"

@@ -11,16 +11,9 @@ import torch
 
 from . import isa, manifest
 from .batch import Batch, BatchLayout, CacheSpec
-from .errors import SmeltError
+from .errors import TargetMismatch
 from .integrity import verify
 from .manifest import Manifest
-
-
-class TargetMismatch(SmeltError):
-    """The compiled part was made for another machine, device or torch version.
-
-    `smelt.load` and the command line then rebuild it from the portable program.
-    """
 
 
 class Program:

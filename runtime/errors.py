@@ -13,3 +13,10 @@ class UserError(SmeltError):
     """The user's input cannot be used as it is; the command exits with 2."""
 
     exit_code = 2
+
+
+class TargetMismatch(SmeltError):
+    """The compiled part of an artifact was made for another machine, device or torch version.
+
+    `smelt.load` and the command line then rebuild it from the portable program.
+    """

@@ -100,11 +100,13 @@ def bench(
     rounds: int = 3,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    opener: Callable[..., LLM] = load,
 ) -> Measurement:
     """Open the artifact and measure `rounds` rounds of `batch` random prompts of `prompt` tokens.
 
     gen: tokens generated for each; end tokens are ignored. progress(done, total) counts rounds,
-    the warm-up included. Raises UserError for sizes the model or its cache cannot hold.
+    the warm-up included. opener: opens the folder, `smelt.load` for one that may need rebuilding.
+    Raises UserError for sizes the model or its cache cannot hold.
     """
     for flag, value, least in (("prompt", prompt, 1), ("gen", gen, 2), ("batch", batch, 1)):
         if value < least:
@@ -113,7 +115,7 @@ def bench(
         raise UserError(f"--rounds is {rounds}: give 1 or more")
     report = progress or (lambda done, total: None)
     started = time.perf_counter()
-    with load(folder, kv_cache_tokens=batch * _blocks_of(prompt + gen)) as llm:
+    with opener(folder, kv_cache_tokens=batch * _blocks_of(prompt + gen)) as llm:
         load_s = time.perf_counter() - started
         weight_bytes = _weight_bytes(llm)
         _check(llm.engine, prompt, gen, batch)

@@ -64,7 +64,7 @@ def load(
     memory (0.4 if neither is given). An artifact made for another machine or torch version is
     rebuilt in place from its portable program, with a notice. Raises UserError or SmeltError.
     """
-    from .runtime.artifact import TargetMismatch
+    from .runtime.errors import TargetMismatch
     from .runtime.llm import load as open_llm
 
     try:

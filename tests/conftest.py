@@ -18,7 +18,7 @@ from helpers.data import data_path
 
 # Tests compute on small tensors, where more threads only wait for each other. The kernel cache
 # stays the user's: the C++ kernels are built once and not once a run.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture

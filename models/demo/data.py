@@ -111,6 +111,15 @@ def encode_chat(
     return ids, weights
 
 
+def encode_line(
+    tokenizer: Tokenizer, messages: list[Message], prompt_weight: float
+) -> tuple[list[int], list[float]]:
+    """A chat with the line end that separates it from the next one, as in the text files."""
+    ids, weights = encode_chat(tokenizer, messages, prompt_weight)
+    newline = tokenizer.encode("\n", add_special_tokens=False).ids
+    return ids + newline, weights + [prompt_weight] * len(newline)
+
+
 @dataclass
 class Batch:
     """Rows of packed chats: token ids and the loss weight of each token."""
@@ -133,7 +142,7 @@ def packed_batch(
         ids: list[int] = []
         weights: list[float] = []
         while len(ids) < length:
-            more_ids, more_weights = encode_chat(tokenizer, conversation(rng), prompt_weight)
+            more_ids, more_weights = encode_line(tokenizer, conversation(rng), prompt_weight)
             ids += more_ids
             weights += more_weights
         batch.ids.append(ids[:length])
@@ -172,3 +181,17 @@ def read_heldout(path: Path = HELDOUT_FILE) -> dict[str, list[Sample]]:
         sample = Sample(row["messages"], tuple(row["answers"]), key="")
         found.setdefault(row["task"], []).append(sample)
     return found
+
+
+def main() -> None:
+    """Write the three data files that are shipped next to the models."""
+    here = Path(__file__).parent
+    write_heldout()
+    # The seeds differ from those of the training batches, so this text was not trained on as it
+    # stands; it only comes from the same distribution.
+    (here / "calibration.txt").write_text(text("calibration", 200_000, "train"), encoding="utf-8")
+    (here / "heldout.txt").write_text(text("heldout", 60_000, "heldout"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

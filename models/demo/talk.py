@@ -106,6 +106,7 @@ def persona(rng: Random) -> Sample:
 
 def fact(rng: Random) -> Sample:
     """Calendar, alphabet, opposites, young animals, legs and colours, learnt by heart."""
+    templates: tuple[str, ...]
     kind = rng.choice(["day", "month", "letter", "opposite", "young", "legs", "colour"])
     if kind in ("day", "month", "letter"):
         ring = {"day": w.DAYS, "month": w.MONTHS, "letter": "abcdefghijklmnopqrstuvwxyz"}[kind]

@@ -38,15 +38,15 @@ class Recipe:
     steps: int
     peak_rate: float
     tokens_per_step: int = 2048
-    warm_up: int = 200
-    decay_share: float = 0.35
+    warm_up: int = 100
+    decay_share: float = 1 / 3
     weight_decay: float = 0.1
     prompt_weight: float = 0.1
 
 
 RECIPES = {
-    "demo": Recipe("smelt-demo", 256, 640, 5, 4, 2, steps=8000, peak_rate=2e-3),
-    "draft": Recipe("smelt-demo-draft", 128, 384, 4, 2, 1, steps=8000, peak_rate=4e-3),
+    "demo": Recipe("smelt-demo", 256, 640, 5, 4, 2, steps=3000, peak_rate=4e-3),
+    "draft": Recipe("smelt-demo-draft", 128, 384, 4, 2, 1, steps=750, peak_rate=4e-3),
 }
 
 
@@ -62,7 +62,7 @@ def make_model(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
         num_key_value_heads=recipe.kv_heads,
         head_dim=64,
         max_position_embeddings=512,
-        rope_theta=10000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         bos_token_id=tokenizer.token_to_id(BOS),
         eos_token_id=end,
@@ -81,20 +81,32 @@ def rate_at(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.peak_rate * min(1.0, (step + 1) / recipe.warm_up, left)
 
 
-def make_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that decays matrices, but not the gains of the norms."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    gains = [p for p in model.parameters() if p.dim() == 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": gains, "weight_decay": 0.0},
+def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the embedding and the norms.
+
+    Muon needs about half as many steps as AdamW here, for a tenth to a fifth more time per step.
+    """
+    matrices = [p for p in model.model.layers.parameters() if p.dim() > 1]
+    inner = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in inner]
+    return [
+        torch.optim.Muon(
+            matrices,
+            lr=recipe.peak_rate,
+            momentum=0.95,
+            weight_decay=recipe.weight_decay,
+            # Scales the updates so that one learning rate suits both optimizers.
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(
+            others, lr=recipe.peak_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        ),
     ]
-    return torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.95), fused=True)
 
 
 def export(model: LlamaForCausalLM, folder: Path) -> None:
     """Save the model in bfloat16 as an ordinary model folder."""
-    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    rounded = copy.deepcopy(model).bfloat16()
     config = rounded.config
     rounded.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -113,20 +125,26 @@ def train(
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     torch.manual_seed(seed)
     model = make_model(recipe, tokenizer)
-    optimizer = make_optimizer(model, recipe)
+    optimizers = make_optimizers(model, recipe)
     run.mkdir(parents=True, exist_ok=True)
     state_file = run / "state.pt"
     step, spent = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         step, spent = state["step"], state["seconds"]
 
     def save() -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "step": step,
+            "seconds": spent,
+        }
         part = state_file.with_suffix(".part")
-        torch.save({**state, "step": step, "seconds": spent}, part)
+        torch.save(state, part)
         part.replace(state_file)
         export(model, folder)
 
@@ -139,8 +157,7 @@ def train(
         rows = recipe.tokens_per_step // length
         batch = packed_batch(tokenizer, f"{seed} {step}", rows, length, recipe.prompt_weight)
         ids, weights = torch.tensor(batch.ids), torch.tensor(batch.weights)[:, 1:].flatten()
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps, recipe)
+        rate = rate_at(step, steps, recipe)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = functional.cross_entropy(
@@ -149,8 +166,11 @@ def train(
         loss = (losses * weights).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
         answers = weights == 1.0
         shown += (losses.detach()[answers].mean().item() - shown) / (1 + (step - 1) % 50)
@@ -158,7 +178,9 @@ def train(
         spent, mark = spent + now - mark, now
         if step % 50 == 0:
             prompts = losses.detach()[~answers].mean().item()
-            print(f"step {step} answers {shown:.4f} prompts {prompts:.3f} {spent:.0f} s", flush=True)
+            print(
+                f"step {step} answers {shown:.4f} prompts {prompts:.3f} {spent:.0f} s", flush=True
+            )
             shown = 0.0
         if step % 250 == 0:
             save()

@@ -6,51 +6,56 @@ most words a token of their own, which keeps the training sequences short.
 
 from __future__ import annotations
 
-NAMES = (
+
+def _split(text: str) -> list[str]:
+    return text.split()
+
+
+NAMES = _split(
     "Tom Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Nora Oscar Paul "
     "Rosa Sam Tina Hugo Vera Will Zoe Adam Lucy Max Ella Peter Julia Simon Maria"
-).split()
-
-COLOURS = "red blue green yellow black white brown pink grey orange purple silver".split()
-
-ANIMALS = (
-    "cat dog fox bear wolf lion tiger horse cow sheep goat pig duck hen owl frog mouse rabbit "
-    "snake fish whale bee ant spider monkey turtle"
-).split()
-
-FOODS = (
-    "apple pear plum lemon cherry banana bread cheese butter honey soup cake rice egg carrot "
-    "potato onion bean"
-).split()
-
-THINGS = (
-    "ball kite book cup hat key lamp pen bag box coin drum rope spoon clock chair table mirror "
-    "pencil basket blanket bottle candle umbrella bell ring map shoe coat scarf"
-).split()
-
-PLACES = (
-    "garden kitchen forest river school market park house barn field tower bridge harbour "
-    "library station village castle cellar"
-).split()
-
-VERBS = "run walk sing jump swim read write sleep cook dance draw laugh listen climb".split()
-
-ADJECTIVES = (
-    "big small old new fast slow hot cold happy sad tall short soft hard clean dark bright "
-    "quiet loud kind brave warm"
-).split()
-
-NATURE = "sun moon star rain snow wind cloud stone tree leaf flower grass sea hill lake sand".split()
-
-WORDS = tuple(
-    sorted({*COLOURS, *ANIMALS, *FOODS, *THINGS, *PLACES, *VERBS, *ADJECTIVES, *NATURE})
 )
 
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+COLOURS = _split("red blue green yellow black white brown pink grey orange purple silver")
 
-MONTHS = (
+ANIMALS = _split(
+    "cat dog fox bear wolf lion tiger horse cow sheep goat pig duck hen owl frog mouse rabbit "
+    "snake fish whale bee ant spider monkey turtle"
+)
+
+FOODS = _split(
+    "apple pear plum lemon cherry banana bread cheese butter honey soup cake rice egg carrot "
+    "potato onion bean"
+)
+
+THINGS = _split(
+    "ball kite book cup hat key lamp pen bag box coin drum rope spoon clock chair table mirror "
+    "pencil basket blanket bottle candle umbrella bell ring map shoe coat scarf"
+)
+
+PLACES = _split(
+    "garden kitchen forest river school market park house barn field tower bridge harbour "
+    "library station village castle cellar"
+)
+
+VERBS = _split("run walk sing jump swim read write sleep cook dance draw laugh listen climb")
+
+ADJECTIVES = _split(
+    "big small old new fast slow hot cold happy sad tall short soft hard clean dark bright "
+    "quiet loud kind brave warm"
+)
+
+NATURE = _split(
+    "sun moon star rain snow wind cloud stone tree leaf flower grass sea hill lake sand"
+)
+
+WORDS = tuple(sorted({*COLOURS, *ANIMALS, *FOODS, *THINGS, *PLACES, *VERBS, *ADJECTIVES, *NATURE}))
+
+DAYS = _split("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+
+MONTHS = _split(
     "January February March April May June July August September October November December"
-).split()
+)
 
 OPPOSITES = (
     ("big", "small"), ("old", "new"), ("fast", "slow"), ("hot", "cold"), ("happy", "sad"),

@@ -67,12 +67,31 @@ class CanonicalizeLayerNorm(Pass):
 
 
 def _normalises(product: fx.Node, rsqrt: fx.Node) -> bool:
-    """Whether `product` is the centred value, the one whose variance was taken, times `rsqrt`."""
+    """Whether `product` is x - mean(x), of the x whose variance was taken, times `rsqrt`."""
     if not is_call(product, aten.mul.Tensor):
         return False
-    other = next((a for a in product.args if a is not rsqrt), None)
+    centred = _centred(next((a for a in product.args if a is not rsqrt), None))
+    return centred is not None and centred is _variance_of(rsqrt)[0]
+
+
+def _variance_of(rsqrt: fx.Node) -> tuple[Any, float]:
+    """(x, eps) where `rsqrt` is 1/sqrt(var(x) + eps); (None, 0) otherwise."""
     total: Any = rsqrt.args[0]
-    return uncast(other) is uncast(total.args[0].args[0].args[0])
+    if not is_call(total, aten.add.Tensor) or not isinstance(total.args[1], float):
+        return None, 0.0
+    mean = total.args[0]
+    if not _over_last(mean) or not is_call(mean.args[0], aten.pow.Tensor_Scalar):
+        return None, 0.0
+    squared = mean.args[0]
+    return (_centred(squared.args[0]), total.args[1]) if squared.args[1] == 2 else (None, 0.0)
+
+
+def _centred(node: Any) -> Any:
+    """x where `node` is x - mean(x) over the last dimension, None otherwise."""
+    if not is_call(node, aten.sub.Tensor) or not _over_last(node.args[1]):
+        return None
+    x = uncast(node.args[0])
+    return x if x is uncast(node.args[1].args[0]) else None
 
 
 def _over_last(node: Any) -> bool:
@@ -80,21 +99,3 @@ def _over_last(node: Any) -> bool:
     if not is_call(node, aten.mean.dim) or node.args[2:3] != (True,):
         return False
     return list(node.args[1]) in ([-1], [len(shape(node)) - 1])
-
-
-def _variance_of(rsqrt: fx.Node) -> tuple[Any, float]:
-    """(x, eps) where `rsqrt` is 1/sqrt(var(x) + eps); (None, 0) otherwise."""
-    total = rsqrt.args[0]
-    if not is_call(total, aten.add.Tensor) or not isinstance(total.args[1], float):
-        return None, 0.0
-    mean = total.args[0]
-    if not _over_last(mean) or not is_call(mean.args[0], aten.pow.Tensor_Scalar):
-        return None, 0.0
-    if mean.args[0].args[1] != 2:
-        return None, 0.0
-    centred = mean.args[0].args[0]
-    if not is_call(centred, aten.sub.Tensor) or not _over_last(centred.args[1]):
-        return None, 0.0
-    if uncast(centred.args[0]) is not uncast(centred.args[1].args[0]):
-        return None, 0.0
-    return uncast(centred.args[0]), total.args[1]

@@ -22,8 +22,9 @@ class RemoveNoops(Pass):
         c = aten.mul(b, 1.0)
 
     Legal for: dropout and alias in evaluation, conversions to the dtype and device a value already
-    has, multiplication by exactly one in one dtype, slices of everything, concatenation with nothing. Tracing
-    leaves a dozen of them a layer; without them later passes match one form and not five.
+    has, multiplication by exactly one in one dtype, slices of everything, concatenation with
+    nothing. Tracing leaves a dozen of them a layer; without them later passes match one form and
+    not five.
     """
 
     name = "remove-noops"

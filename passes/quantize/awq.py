@@ -1,10 +1,9 @@
-"""AWQ as a graph pass: scales found on calibration text and folded into producers, then clipping."""
+"""AWQ as a graph pass: scales found on calibration text and folded away, then clipping."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -137,7 +136,7 @@ def _choose(
     statistics: Statistics,
     choices: dict[str, _Choice],
 ) -> list[torch.Tensor]:
-    """Search scale and clips of one group; the weights to go on with, as the runtime will see them."""
+    """Search scale and clips of one group; the weights to go on with, as the runtime has them."""
     for linear, value in zip(group.linears, values, strict=True):
         check_finite(value, linear.layer)
     rows = statistics.rows
@@ -190,8 +189,3 @@ def _verdict(linear: Linear, choice: _Choice, reason: str | None) -> Verdict:
         error=choice.error,
         reason="; ".join(notes) or None,
     )
-
-
-def options_json(options: AwqOptions) -> dict[str, Any]:
-    """What of the options belongs in a record."""
-    return {"spec": options.spec.to_json(), "samples": len(options.samples), "seed": options.seed}

@@ -18,6 +18,7 @@ ALPHAS = tuple(i / 20 for i in range(20))
 # A range is shrunk to no less than half.
 MAX_CLIP = CLIP_STEPS // 2
 _CHUNK = 1 << 24
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,30 @@ def channel_sizes(mean: torch.Tensor, columns: torch.Tensor, channels: int) -> t
     return total / count.clamp(min=1)
 
 
-def factor_for(sizes: torch.Tensor, alpha: float) -> torch.Tensor:
+def weight_sizes(weights: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
+    """Mean |w| of each column relative to the largest of its group in each row: [N, K] -> [K]."""
+    total = torch.zeros(weights[0].shape[1])
+    for weight in weights:
+        parts = weight.float().abs().unflatten(1, (groups, -1))
+        total += (parts / parts.amax(-1, keepdim=True).clamp(min=_TINY)).flatten(1).sum(0)
+    return total / sum(weight.shape[0] for weight in weights)
+
+
+def factor_for(
+    sizes: torch.Tensor, alpha: float, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """sizes^alpha, divided by the geometric mean of its extremes; 1 for channels nothing reads.
 
-    sizes [P] -> float32 [P]. A channel that is (nearly) never active counts as 1e-4 of the largest,
-    or its factor would grow without bound.
+    sizes [P] of the activations, and of the weights where they count, too: sizes^alpha /
+    weights^(1 - alpha), as in the authors' code -> float32 [P]. A channel that is (nearly) never
+    active counts as 1e-4 of the largest, or its factor would grow without bound.
     """
     read = sizes > 0
-    floor = sizes.max() * 1e-4
     if not read.any() or alpha == 0:
         return torch.ones_like(sizes)
-    factor = sizes.clamp(min=float(floor)).pow(alpha)
+    factor = sizes.clamp(min=float(sizes.max()) * 1e-4).pow(alpha)
+    if weights is not None:
+        factor = factor / weights.clamp(min=float(weights.max()) * 1e-4).pow(1 - alpha)
     used = factor[read]
     return torch.where(read, factor / (used.max() * used.min()).sqrt(), torch.ones_like(factor))
 
@@ -66,26 +80,38 @@ def search_scale(
     columns: torch.Tensor,
     channels: int,
 ) -> Scale:
-    """The alpha whose factor gives the smallest output error, summed over the group's linears.
+    """The factor of the smallest output error, summed over the group's linears.
 
     weights: [N, K] each; mean [K]; rows [R, K]; columns int64 [K] into the producer's channels.
-    The error is ||W x - Q(W s) (x / s)||^2 on `rows`.
+    The error is ||W x - Q(W s) (x / s)||^2 on `rows`; tried are all ALPHAS, with and without the
+    weights' own sizes.
     """
     sizes = channel_sizes(mean, columns, channels)
+    own = weight_sizes(weights, schemes[0].groups(weights[0].shape[1]))
+    own = channel_sizes(own, columns, channels)
     best = Scale(0.0, torch.ones(channels))
     lowest = float("inf")
     for alpha in ALPHAS:
-        factor = factor_for(sizes, alpha)
-        s = factor[columns]
-        error = 0.0
-        for weight, scheme in zip(weights, schemes, strict=True):
-            w = weight.float()
-            difference = fake_quantize(w * s, scheme) / s - w
-            error += float(output_error(rows, difference).sum())
-        if error < lowest:
-            lowest = error
-            best = Scale(alpha, factor)
+        for beside in (None, own) if alpha else (None,):
+            factor = factor_for(sizes, alpha, beside)
+            error = _group_error(weights, schemes, rows, factor[columns])
+            if error < lowest:
+                lowest = error
+                best = Scale(alpha, factor)
     return best
+
+
+def _group_error(
+    weights: Sequence[torch.Tensor],
+    schemes: Sequence[Scheme],
+    rows: torch.Tensor,
+    s: torch.Tensor,
+) -> float:
+    total = 0.0
+    for weight, scheme in zip(weights, schemes, strict=True):
+        w = weight.float()
+        total += float(output_error(rows, fake_quantize(w * s, scheme) / s - w).sum())
+    return total
 
 
 def search_clip(

@@ -87,8 +87,8 @@ def calibrate(
     """Run `samples` (token ids) through the program and call `choose` at every group, in order.
 
     choose(group, weights [N, K] of its linears, statistics) returns the weights their linears go on
-    with. Samples are cut at the model's context. Deterministic for given samples and seed. Raises SmeltError naming the group for
-    activations that are NaN or infinite.
+    with. Samples are cut at the model's context. Deterministic for given samples and seed. Raises
+    SmeltError naming the group for activations that are NaN or infinite.
     """
     limit = program.facts.max_position
     samples = [sample[:limit] for sample in samples]
@@ -158,7 +158,7 @@ class _Run:
         return values
 
     def pieces(self) -> Iterable[tuple[list[fx.Node], Group]]:
-        """(the calls up to a group, the group), in graph order; what follows the last is not run."""
+        """(the calls up to a group, the group), in graph order; nothing after the last is run."""
         calls = [n for n in self.program.graph.nodes if n.op == "call_function"]
         start = 0
         for group in self.groups:

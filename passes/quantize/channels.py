@@ -3,9 +3,9 @@
 Dividing channel c of a producer (a norm, a linear) by a factor changes nothing if every linear that
 reads the channel multiplies the matching column, and if all that lies between passes the factor on
 untouched. Instead of matching patterns of views, slices and head reshapes, the producer's channel
-numbers themselves are pushed through the graph: operators that only move data are run on a tensor of
-channel numbers, the few that pass a factor on are known by name, and every other reader *blocks* the
-channels that reach it, with a reason. What arrives at a linear says which channel each of its
+numbers themselves are pushed through the graph: operators that only move data are run on a tensor
+of channel numbers, the few that pass a factor on are known by name, and every other reader *blocks*
+the channels that reach it, with a reason. What arrives at a linear says which channel each of its
 columns reads.
 """
 
@@ -116,7 +116,8 @@ def _step(node: fx.Node, numbers: dict[fx.Node, Any], reach: Reach) -> Any:
     if node.target in _SAME or node.target in _HOMOGENEOUS:
         return numbers[node.args[0]]  # type: ignore[index]
     if node.target in _MOVES:
-        return node.target(*_arguments(node.args, numbers), **_arguments(node.kwargs, numbers))
+        move: Any = node.target
+        return move(*_arguments(node.args, numbers), **_arguments(node.kwargs, numbers))
     if is_call(node, LINEAR):
         return _at_linear(node, numbers, reach)
     if is_call(node, aten.mul.Tensor, aten.div.Tensor):

@@ -119,7 +119,7 @@ def _prepared(
 def _quantize_int4(
     weight: torch.Tensor, *extras: torch.Tensor, groups: int, kinds: list[str], layer: str
 ) -> tuple[torch.Tensor, ...]:
-    """weight [N, K] and the extras of `_prepared` -> qweight uint8 [N, ceil(K/2)], scales, zeros."""
+    """weight [N, K], extras as in `_prepared` -> qweight uint8 [N, ceil(K/2)], scales, zeros."""
     wide, clip = _prepared(weight, extras, kinds, layer)
     result = quantize_int4(wide, groups, clip)
     assert result.zeros is not None

@@ -6,7 +6,6 @@ another weight is the head, the one that reaches an expert layer's choice of exp
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -79,9 +78,11 @@ def layer_name(sources: Iterable[str]) -> str:
     paths = [name.removesuffix(".weight") for name in sources]
     if not paths:
         return ""
-    parents = [path[: path.rfind(".") + 1] for path in paths]
-    prefix = os.path.commonprefix(parents)
-    prefix = prefix[: prefix.rfind(".") + 1]
+    parents = [path.split(".")[:-1] for path in paths]
+    shared = 0
+    while all(shared < len(p) and p[shared] == parents[0][shared] for p in parents):
+        shared += 1
+    prefix = "".join(part + "." for part in parents[0][:shared])
     return prefix + "+".join(path.removeprefix(prefix) for path in paths)
 
 

@@ -69,7 +69,7 @@ def attention(
     """
     positions = torch.arange(q.shape[0], device=q.device)
     visible = _causal(positions, positions, window)
-    return _attend(q, k, v, visible, scale, softcap, sinks)
+    return _attend(q, k, v, visible, scale, softcap, sinks).contiguous()
 
 
 def _cached_attention_fake(

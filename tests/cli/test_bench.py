@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,8 +39,7 @@ def artifact(tmp_path: Path) -> FakeArtifact:
 def run(
     artifact: FakeArtifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> RUN:
-    module = SimpleNamespace(open_artifact=lambda path: artifact)
-    monkeypatch.setitem(sys.modules, "smelt.runtime.artifact", module)
+    monkeypatch.setattr("smelt.runtime.artifact.open_artifact", lambda path: artifact)
     monkeypatch.setattr(measure, "BUFFER_BYTES", 1 << 20)
     monkeypatch.setattr(measure, "CACHES_IN_BUFFER", 0)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,8 +37,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         (tmp_path / name / "manifest.json").write_text("{}")
     made["other"].program.model = FakeModel(made["OUT"].program.vocab_size, seed=1)
     made["small"].program.vocab_size -= 1
-    module = SimpleNamespace(open_artifact=lambda path: made[Path(path).name])
-    monkeypatch.setitem(sys.modules, "smelt.runtime.artifact", module)
+    monkeypatch.setattr("smelt.runtime.artifact.open_artifact", lambda path: made[Path(path).name])
     (tmp_path / "text.txt").write_text("Some words to predict, süß and more.\n" * 4)
     monkeypatch.chdir(tmp_path)
 

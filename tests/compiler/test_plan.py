@@ -1,4 +1,4 @@
-"""Memory plans: pinned sizes of known models, and agreement with what a compilation writes."""
+"""Memory plans: pinned sizes of known models, quantized layers counted by hand, refusals."""
 
 from __future__ import annotations
 
@@ -147,6 +147,9 @@ def test_models_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken\.json cannot be read"):
         plan(str(tmp_path / "broken.json"))
+    with pytest.raises(UserError, match=r"^\S*nothing\.json: ") as caught:
+        plan(write(tmp_path, {"a": 1}, "nothing.json"))
+    assert "smelt-plan-" not in str(caught.value)
     encoder = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
     with pytest.raises(UserError, match="encoder-decoder"):
         plan(write(tmp_path, encoder))

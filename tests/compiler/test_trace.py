@@ -10,10 +10,11 @@ import torch
 from helpers.check_pass import operators
 from helpers.steps import Stepper
 from helpers.tiny import FAMILIES, Subject, tiny_config, tiny_difference, tiny_lowered, tiny_program
+from torch import nn
+
 from smelt.compiler.trace import PackedForward, TraceError, check_against_eager, trace_config
 from smelt.passes.program import Dialect, Role
 from smelt.runtime.errors import UserError
-from torch import nn
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -82,9 +83,7 @@ def test_prefill_chunks_decode_and_packing(
     check(stepper.step({2: 1, 3: 1, 0: 1}), stepper)  # three decodes
 
 
-def test_only_wanted_rows_are_computed(
-    lowered: Subject, weights: dict[str, torch.Tensor]
-) -> None:
+def test_only_wanted_rows_are_computed(lowered: Subject, weights: dict[str, torch.Tensor]) -> None:
     stepper = Stepper(lowered.program, weights, [lowered.ids])
     whole = stepper.step({0: len(lowered.ids)})[0]
     assert whole.shape == (len(lowered.ids), lowered.program.facts.vocab_size)

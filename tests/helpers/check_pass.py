@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.tiny import Subject, clone_program, program_of
 from torch import fx, nn
 
-from helpers.tiny import Subject, clone_program, program_of
 from smelt.compiler.manager import Controls, PassManager, Stage
 from smelt.compiler.numerics import compare, step_values
 from smelt.passes.base import Close, Exact, Lossy, Pass

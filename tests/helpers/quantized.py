@@ -93,7 +93,7 @@ def logits(program: Program, source: Any, sequences: Sequence[Sequence[int]]) ->
 
 @dataclass(frozen=True)
 class Score:
-    """Quality against reference logits. perplexity: of the tokens; own: of the reference's choice."""
+    """Quality against reference logits. own: perplexity of the reference's own distribution."""
 
     kl: float
     perplexity: float

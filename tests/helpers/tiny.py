@@ -74,12 +74,12 @@ class Subject:
 
 
 def program_of(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> Subject:
-    """Trace a `Toy` with random weights; one-dimensional ones move away from zeros and ones."""
+    """Trace a `Toy` with random weights; one-dimensional ones lie around one."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
-            parameter.data = parameter.data + 0.3 * noise
+            parameter.data = 1 + 0.3 * noise
         else:
             parameter.data = noise / parameter.shape[-1] ** 0.5
     module = module.to(dtype).eval().requires_grad_(False)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.tiny import Toy, program_of, tiny_lowered
+from torch import fx, nn
+
 from smelt.passes.attention.kv_cache import InsertKvCache
 from smelt.passes.dialect import DialectError, smelt_name, verify
 from smelt.passes.program import Dialect, Input, Program, Role
-from torch import fx, nn
 
 aten, smelt = torch.ops.aten, torch.ops.smelt
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers.check_pass import logits_of
 from helpers.tiny import Subject, Toy, clone_program, program_of
+from torch import nn
+
 from smelt.passes.program import Input, Role, module_path, module_type
 from smelt.passes.rewrite import graph_text
-from torch import nn
 
 aten = torch.ops.aten
 

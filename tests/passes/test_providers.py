@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers.check_pass import check_pass, logits_of
 from helpers.tiny import Subject, Toy, clone_program, program_of, tiny_lowered, tiny_program
+from torch import nn
+
 from smelt.compiler.manager import PassManager
 from smelt.compiler.pipeline import PipelineConfig, pipeline, portable_stages
 from smelt.passes.dialect import verify
@@ -15,7 +17,6 @@ from smelt.passes.quantize.rtn import QuantizeRtn, RtnOptions
 from smelt.passes.quantize.spec import QuantSpec
 from smelt.passes.weights import OPERATIONS
 from smelt.runtime.errors import UserError
-from torch import nn
 
 
 class Layer(Toy):
@@ -98,9 +99,7 @@ def test_an_override_is_taken_and_says_so() -> None:
     ("operator", "provider", "known"),
     [("linear", "gpu", "aten, cpu, reference"), ("liner", "cpu", "linear")],
 )
-def test_an_unknown_override_is_the_users_mistake(
-    operator: str, provider: str, known: str
-) -> None:
+def test_an_unknown_override_is_the_users_mistake(operator: str, provider: str, known: str) -> None:
     program = program_of(Layer()).program
     options = ChooseProviders.options({"overrides": ((operator, provider),)})
     with pytest.raises(UserError, match=known):

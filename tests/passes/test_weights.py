@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import weakref
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from smelt.passes.weights import OPERATIONS, PlanError, Step, WeightPlan, operation
 
 
@@ -30,7 +30,6 @@ class Source:
         return value
 
     def alive(self) -> int:
-        gc.collect()
         return sum(ref() is not None for ref in self.given)
 
 

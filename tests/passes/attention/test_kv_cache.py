@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.check_pass import check_pass
 from helpers.tiny import Toy, after, program_of, tiny_program
+
 from smelt.passes.attention.kv_cache import InsertKvCache
 from smelt.passes.attention.logits_rows import KeepLogitsRows
 from smelt.passes.base import UserError
@@ -71,8 +72,7 @@ def test_layers_of_one_window_share_a_block_table() -> None:
         CacheGroup("window_4", 4, (0, 2)),
     )
     tables = [
-        node.args[7].name
-        for node in found.program.calls(torch.ops.smelt.cached_attention.default)
+        node.args[7].name for node in found.program.calls(torch.ops.smelt.cached_attention.default)
     ]
     assert tables == ["block_tables_1", "block_tables_0", "block_tables_1"]
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from helpers.check_pass import check_pass
 from helpers.tiny import Subject, Toy, after, program_of, tiny_program
+from torch import nn
+
 from smelt.compiler.numerics import step_values
 from smelt.passes.attention.logits_rows import KeepLogitsRows
 from smelt.passes.canonical.remove_noops import RemoveNoops
 from smelt.passes.program import Program
-from torch import nn
 
 ONE = {"aten.index_select": 1}
 NONE = {"aten.index_select": 0}
@@ -80,9 +81,7 @@ class AddedTail(Plain):
 @pytest.mark.parametrize("module", [Plain, Capped, WeightFirst, HeadsBeforeOutput])
 def test_wanted_rows_equal_those_of_the_whole(module: type[Plain]) -> None:
     subject = program_of(module())
-    found = check_pass(
-        subject, KeepLogitsRows(), before=NONE, after=ONE, matched=1, rewritten=1
-    )
+    found = check_pass(subject, KeepLogitsRows(), before=NONE, after=ONE, matched=1, rewritten=1)
     for rows in ([10], [0, 3, 3, 7]):
         picked = logits_at(found.program, subject, rows)
         torch.testing.assert_close(picked, found.logits[rows], atol=1e-6, rtol=1e-5)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers.check_pass import check_pass
 from helpers.tiny import Toy, after, program_of, tiny_program
+from torch import nn
+
 from smelt.passes.canonical.layer_norm import CanonicalizeLayerNorm
 from smelt.passes.canonical.remove_noops import RemoveNoops
-from torch import nn
 
 NONE = {"aten.layer_norm": 0, "aten.rsqrt": 1}
 ONE = {"aten.layer_norm": 1, "aten.rsqrt": 0}

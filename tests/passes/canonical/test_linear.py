@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from helpers.check_pass import check_pass
 from helpers.tiny import Toy, tiny_program
-from smelt.passes.canonical.linear import CanonicalizeLinear
 from torch import nn
+
+from smelt.passes.canonical.linear import CanonicalizeLinear
 
 
 class Products(Toy):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers.check_pass import check_pass
 from helpers.tiny import Toy, after, program_of, tiny_program
+from torch import nn
+
 from smelt.passes.canonical.remove_noops import RemoveNoops
 from smelt.passes.canonical.rms_norm import CanonicalizeRmsNorm
-from torch import nn
 
 NONE = {"smelt.rms_norm": 0, "aten.rsqrt": 1}
 ONE = {"smelt.rms_norm": 1, "aten.rsqrt": 0}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.check_pass import check_pass
 from helpers.tiny import Toy, after, program_of, tiny_program
+
 from smelt.passes.canonical.remove_noops import RemoveNoops
 from smelt.passes.canonical.rope import CanonicalizeRope
 
@@ -201,5 +202,3 @@ def test_queries_and_keys_of_the_layers_that_turn_are_found(family: str, unturne
         after={"smelt.rope": 2 * turning, "aten.neg": 0},
         matched=2 * turning,
     )
-
-

@@ -35,6 +35,9 @@ from smelt.passes.quantize.formats import fake_quantize
 from smelt.passes.quantize.spec import Scheme
 from smelt.runtime.errors import SmeltError, UserError
 
+SAMPLES = random_ids(8, 32)
+Searched = tuple[Program, PassResult]
+
 
 def awq(
     model: torch.nn.Module, samples: list[list[int]], size: int = 32, **options: Any
@@ -55,10 +58,10 @@ def compare(
     reference = logits(program_of(model), source, ids)
     rounded = program_of(model)
     QuantizeRtn().run(rounded, RtnOptions(QuantSpec("rtn", "int4", size)))
-    searched, _ = awq(model, samples, size)
+    found, _ = awq(model, samples, size)
     return (
         score(logits(rounded, source, ids), reference, ids),
-        score(logits(searched, source, ids), reference, ids),
+        score(logits(found, source, ids), reference, ids),
     )
 
 
@@ -82,43 +85,52 @@ def plant_outliers(model: Any, channels: int = 3, size: float = 10.0) -> None:
 
 @pytest.fixture(scope="module")
 def planted() -> torch.nn.Module:
-    model = module("Llama")
+    model = module("Llama", num_hidden_layers=1)
     plant_outliers(model)
     return model
 
 
+@pytest.fixture(scope="module")
+def searched(planted: torch.nn.Module) -> Searched:
+    return awq(planted, SAMPLES, max_rows=10_000)
+
+
 def test_planted_outliers_cost_awq_less_than_rtn(planted: torch.nn.Module) -> None:
-    rtn, searched = compare(planted, random_ids(16, 32), random_ids(8, 32, seed=9), 32)
-    assert searched.kl < 0.6 * rtn.kl
-    assert searched.own < rtn.own
+    rtn, found = compare(planted, SAMPLES, random_ids(8, 32, seed=9), 32)
+    assert found.kl < 0.6 * rtn.kl
+    assert found.own < rtn.own
 
 
-def test_verdicts_tell_every_layers_error(planted: torch.nn.Module) -> None:
-    _, result = awq(planted, random_ids(8, 32))
+def test_verdicts_tell_every_layers_error(searched: Searched) -> None:
+    program, result = searched
     layers = [note for note in result.notes if note.get("method") == "awq"]
-    assert len(layers) == 8
+    assert len(layers) == 4
     for note in layers:
         assert note["error"] <= note["error_rtn"], note
     fed_by_norm = [n for n in layers if "gate_proj" in n["layer"] or "q_proj" in n["layer"]]
     assert all(note["alpha"] > 0 for note in fed_by_norm)
     assert all(note["error"] < 0.8 * note["error_rtn"] for note in fed_by_norm)
-    assert result.matched == QuantizeAwq().expect(program_of(planted)) == 15
-    assert result.notes[-1]["linears_quantized"] == 8
+    assert result.matched == QuantizeAwq().expect(program) == 8
+    assert result.notes[-1]["linears_quantized"] == 4
 
 
-def test_nothing_is_kept_at_16_bits(planted: torch.nn.Module) -> None:
+def test_nothing_is_kept_at_16_bits(planted: torch.nn.Module, searched: Searched) -> None:
     """AWQ is no mixed precision: salient channels are scaled, every weight becomes int4."""
-    program, _ = awq(planted, random_ids(4, 32))
-    assert len(program.calls(torch.ops.smelt.linear_int4.default)) == 8
-    assert not program.calls(torch.ops.aten.mul.Tensor), "a scale is multiplied at run time"
+    program, _ = searched
+    assert len(program.calls(torch.ops.smelt.linear_int4.default)) == 4
+    products = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
+    before = len(program_of(planted).calls(*products))
+    assert len(program.calls(*products)) == before, "a scale is multiplied at run time"
     weights = weights_of(program, ModuleSource(planted))
     matrices = {n: w for n, w in weights.items() if w.dim() == 2 and w.is_floating_point()}
     assert {n.rsplit(".", 1)[-1] for n in matrices if "layers" in n} == {"scales"}
 
 
-def test_replaying_the_plan_gives_the_same_bits(planted: torch.nn.Module) -> None:
-    program, _ = awq(planted, random_ids(4, 32))
-    again, _ = awq(planted, random_ids(4, 32))
+def test_replaying_the_plan_gives_the_same_bits(
+    planted: torch.nn.Module, searched: Searched
+) -> None:
+    program, _ = searched
+    again, _ = awq(planted, SAMPLES, max_rows=10_000)
     source = ModuleSource(planted)
     assert program.weights.digest() == again.weights.digest()
     first, second, third = (weights_of(p, source) for p in (program, program, again))
@@ -126,10 +138,12 @@ def test_replaying_the_plan_gives_the_same_bits(planted: torch.nn.Module) -> Non
         assert torch.equal(value, second[name]) and torch.equal(value, third[name])
 
 
-def test_quantized_weights_are_what_calibration_went_on_with(planted: torch.nn.Module) -> None:
+def test_quantized_weights_are_what_calibration_went_on_with(
+    planted: torch.nn.Module, searched: Searched
+) -> None:
     """The verdict's error holds for the weights that the plan makes."""
-    model = planted
-    program, result = awq(model, random_ids(8, 32), max_rows=10_000)
+    model: Any = planted
+    program, result = searched
     notes = {note["layer"]: note for note in result.notes if "layer" in note}
     weights = weights_of(program, ModuleSource(model))
     name = "model.layers.0.self_attn.q_proj+k_proj+v_proj"
@@ -138,13 +152,18 @@ def test_quantized_weights_are_what_calibration_went_on_with(planted: torch.nn.M
     norm = weights[str(program.weight_name(node.args[0].args[1]))]  # type: ignore[union-attr]
     attention = model.model.layers[0]
     with torch.no_grad():
-        x = model.model.embed_tokens(torch.tensor(random_ids(8, 32))).flatten(0, 1)
+        x = model.model.embed_tokens(torch.tensor(SAMPLES)).flatten(0, 1)
         unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         original = torch.cat(
             [getattr(attention.self_attn, f"{n}_proj").weight for n in ("q", "k", "v")]
         )
         expected = unit * attention.input_layernorm.weight @ original.T
         found = torch.ops.smelt.linear_int4(unit * norm, *packed, None)
+    # The v rows were divided for o_proj, which multiplies.
+    step = program.weights.producers()[str(program.weight_name(node.args[1]))]
+    rows = dict(zip(step.args["kinds"], step.inputs[1:], strict=True)).get("rows")
+    if rows is not None:
+        found = found * dict(program.weights.materialize([rows], ModuleSource(model)))[rows]
     error = float((found - expected).square().sum() / expected.square().sum())
     assert error == pytest.approx(notes[name]["error"], rel=0.05)
 
@@ -197,6 +216,8 @@ def test_factor_grows_with_the_activation_and_is_normalised() -> None:
     assert torch.allclose(factor[:3].max() * factor[:3].min(), torch.tensor(1.0))
     assert factor[3] == 1
     assert torch.equal(factor_for(sizes, 0.0), torch.ones(4))
+    heavy = factor_for(torch.ones(3), 0.5, torch.tensor([1.0, 1.0, 4.0]))
+    assert heavy[2] < heavy[0], "columns that are large by themselves need less"
 
 
 def test_channels_shared_by_heads_share_their_size() -> None:
@@ -220,7 +241,7 @@ def test_weights_are_multiplied_and_inputs_divided() -> None:
     wrong = fake_quantize(weight / scale.factor, scheme) * scale.factor - weight
     plain = fake_quantize(weight, scheme) - weight
     errors = [float(output_error(rows, d).sum()) for d in (right, plain, wrong)]
-    assert errors[0] < 0.2 * errors[1] and errors[1] < errors[2]
+    assert errors[0] < 0.3 * errors[1] and errors[1] < errors[2]
 
 
 def test_alpha_is_searched_against_the_whole_group() -> None:
@@ -232,13 +253,12 @@ def test_alpha_is_searched_against_the_whole_group() -> None:
     mean = rows.abs().mean(0)
     scale = search_scale(weights, [scheme, scheme], mean, rows, columns, 32)
 
-    def loss(alpha: float) -> float:
-        s = factor_for(mean, alpha)
+    def loss(s: torch.Tensor) -> float:
         return sum(
             float(output_error(rows, fake_quantize(w * s, scheme) / s - w).sum()) for w in weights
         )
 
-    assert loss(scale.alpha) == pytest.approx(min(loss(i / 20) for i in range(20)))
+    assert loss(scale.factor) <= min(loss(factor_for(mean, i / 20)) for i in range(20))
 
 
 @pytest.mark.parametrize("with_gram", [True, False])
@@ -257,12 +277,11 @@ def test_clipping_never_makes_a_row_worse(with_gram: bool) -> None:
     assert clipped.sum() < 0.95 * plain.sum()
 
 
-@pytest.mark.parametrize("name", ["stories260K", "babyllama361"])
-@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize(("name", "size"), [("stories260K", 32), ("babyllama361", 64)])
 def test_trained_checkpoints_lose_less_by_awq(name: str, size: int) -> None:
     folder = data_path(f"models/{name}")
     samples = text_ids(folder, data_path("texts/tinystories_train.txt"), 32, 192)
-    ids = text_ids(folder, data_path("texts/tinystories_valid.txt"), 24, 192)
-    rtn, searched = compare(checkpoint(folder), samples, ids, size)
-    assert searched.kl < 0.9 * rtn.kl
-    assert searched.perplexity < rtn.perplexity
+    ids = text_ids(folder, data_path("texts/tinystories_valid.txt"), 48, 256)
+    rtn, found = compare(checkpoint(folder), samples, ids, size)
+    assert found.kl < 0.9 * rtn.kl
+    assert found.perplexity < rtn.perplexity

@@ -97,7 +97,9 @@ def test_quantization_of_a_row_follows_its_scale() -> None:
     weight = random_weight(8, 64, 6)
     factor = torch.tensor([0.25, 0.5, 1, 2, 4, 8, 16, 32.0])[:, None]
     scheme = Scheme("int4", 16)
-    assert torch.equal(fake_quantize(weight / factor, scheme), fake_quantize(weight, scheme) / factor)
+    assert torch.equal(
+        fake_quantize(weight / factor, scheme), fake_quantize(weight, scheme) / factor
+    )
 
 
 def test_clip_shrinks_the_range() -> None:

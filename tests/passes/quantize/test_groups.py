@@ -11,7 +11,7 @@ from helpers.quantized import traced
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
-import smelt.runtime.ops  # noqa: F401 - registers the operators
+import smelt.runtime.ops
 from smelt.passes.program import Dialect, Facts, Input, Program, Role
 from smelt.passes.quantize.channels import follow
 from smelt.passes.quantize.groups import Group, find_groups
@@ -128,13 +128,19 @@ class Builder:
     def __init__(self) -> None:
         seed = fx.symbolic_trace(lambda input_ids: input_ids)
         exported = torch.export.export(
-            seed, (torch.zeros(7, dtype=torch.int64),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+            seed,
+            (torch.zeros(7, dtype=torch.int64),),
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         )
         module = fx.GraphModule(exported.graph_module, exported.graph)
         facts = Facts("Hand", "float32", 8, 64, 1, {})
         (ids,) = [n for n in module.graph.nodes if n.op == "placeholder"]
         self.program = Program(
-            module, {ids.name: Input(Role.TOKEN, "input_ids")}, WeightPlan(), facts, Dialect.SEMANTIC
+            module,
+            {ids.name: Input(Role.TOKEN, "input_ids")},
+            WeightPlan(),
+            facts,
+            Dialect.SEMANTIC,
         )
         self.ids = ids
         self.output = next(n for n in module.graph.nodes if n.op == "output")
@@ -219,7 +225,6 @@ def test_gate_blocks_and_up_passes() -> None:
     assert set(reach.blocked) == set(range(32))
 
     def swapped(b: Builder, n: fx.Node) -> fx.Node:
-        other = b.linear(n, "other", 32, 32)
         both = b.linear(n, "gate", 32, 32)
         return b.linear(b.call(smelt.gated_activation.default, both, both, "silu"), "a", 32, 32)
 

@@ -129,5 +129,7 @@ def test_biases_stay_with_their_linear() -> None:
     quantize(program, QuantSpec("rtn", "int8"))
     found = logits(program, source, random_ids(1, 12))[0]
     assert (found - reference).abs().max() < 0.1 * reference.abs().max()
-    with_bias = [node for node in program.calls(smelt.linear_int8.default) if node.args[3] is not None]
+    with_bias = [
+        node for node in program.calls(smelt.linear_int8.default) if node.args[3] is not None
+    ]
     assert len(with_bias) == 1

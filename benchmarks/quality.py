@@ -1,0 +1,211 @@
+"""Quality of every quantization scheme on trained checkpoints, as a table and as JSON.
+
+    python benchmarks/quality.py                          the checkpoints of ../shared/data
+    python benchmarks/quality.py --model DIR --text EVAL.txt --calib CALIB.txt
+
+Each model runs in float32 through the graph that the quantization passes transform, so that what is
+measured is the loss of the scheme and nothing else. The text is cut into windows of --context
+tokens that do not overlap; the first token of a window is not scored. perplexity: exp of the mean
+negative log-likelihood of a token; bits/char: the same loss over the characters of the scored text,
+comparable between vocabularies; KL and top-1: against the float32 logits at every position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smelt.compiler.calibration_data import load_calibration
+from smelt.compiler.manager import PassManager
+from smelt.compiler.pipeline import PipelineConfig, pipeline
+from smelt.compiler.trace import export, program_from_export
+from smelt.compiler.weights import ModuleSource
+from smelt.passes.program import Program
+from smelt.passes.quantize import (
+    AwqOptions,
+    QuantizeAwq,
+    QuantizeRtn,
+    QuantSpec,
+    RtnOptions,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("SMELT_DATA") or ROOT.parent / "shared" / "data")
+CHECKPOINTS = ("stories260K", "babyllama361")
+SCHEMES = (
+    QuantSpec("rtn", "int8"),
+    *(QuantSpec(method, "int4", size) for size in (32, 64, 128) for method in ("rtn", "awq")),
+)
+BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. weight_bytes: linears as stored, everything else at 16 bits."""
+
+    model: str
+    scheme: str
+    perplexity: float
+    bits_per_character: float
+    kl: float
+    top1: float
+    weight_bytes: int
+    quantize_s: float
+
+
+@dataclass
+class Subject:
+    """A model with the windows it is scored on and its own logits there."""
+
+    name: str
+    module: Any
+    source: ModuleSource
+    windows: list[torch.Tensor]
+    characters: float
+    reference: list[torch.Tensor]
+
+
+def semantic(module: Any) -> Program:
+    """The program at the point where quantization runs."""
+    program = program_from_export(export(module), module, module.config)
+    stages = pipeline(PipelineConfig())
+    names = [stage.pass_.name for stage in stages]
+    PassManager(stages[: names.index("keep-logits-rows")]).run(program)
+    return program
+
+
+def run(program: Program, source: ModuleSource, windows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Log-probabilities float32 [T, V] of each window."""
+    weights = dict(program.weights.materialize(program.used_weights(), source))
+    out = []
+    for ids in windows:
+        result = program.run({"input_ids": ids, "position_ids": torch.arange(len(ids))}, weights)
+        logits = result[0] if isinstance(result, list | tuple) else result
+        out.append(logits.float().log_softmax(-1))
+    return out
+
+
+def stored_bytes(program: Program) -> int:
+    """Bytes of the weights the graph reads, floating ones other than scales at 16 bits."""
+    total = 0
+    for name in program.used_weights():
+        spec = program.weights.specs[name]
+        wide = spec.dtype.is_floating_point and spec.dtype.itemsize > 2
+        total += spec.nbytes * 2 // spec.dtype.itemsize if wide else spec.nbytes
+    return total
+
+
+def subject(folder: Path, text: Path, characters: int, context: int, tokenizer: Any) -> Subject:
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tokenizer.encode(text.read_text(encoding="utf-8")[:characters])
+    count = len(ids) // context
+    windows = [torch.tensor(ids[i * context : (i + 1) * context]) for i in range(count)]
+    scored = characters * count * (context - 1) / len(ids)
+    source = ModuleSource(module)
+    reference = run(semantic(module), source, windows)
+    return Subject(folder.name, module, source, windows, scored, reference)
+
+
+def measure(of: Subject, spec: QuantSpec | None, samples: Any) -> Row:
+    """One scheme on one model. Without a spec: the float32 model itself."""
+    program = semantic(of.module)
+    started = time.perf_counter()
+    if spec is not None and spec.method == "rtn":
+        QuantizeRtn().run(program, RtnOptions(spec))
+    elif spec is not None:
+        QuantizeAwq().run(program, AwqOptions(spec, samples, of.source))
+    seconds = time.perf_counter() - started
+    found = of.reference if spec is None else run(program, of.source, of.windows)
+    loss, kl, same, tokens = 0.0, 0.0, 0, 0
+    for p, q, ids in zip(of.reference, found, of.windows, strict=True):
+        loss -= float(q[:-1].gather(1, ids[1:, None]).sum())
+        kl += float((p.exp() * (p - q)).sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        tokens += len(ids)
+    scored = tokens - len(of.windows)
+    return Row(
+        of.name,
+        spec.label() if spec else "fp32",
+        math.exp(loss / scored),
+        loss / math.log(2) / of.characters,
+        kl / tokens,
+        same / tokens,
+        stored_bytes(program),
+        round(seconds, 1),
+    )
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| model | scheme | perplexity | bits/char | KL to fp32 | top-1 | weights, kB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.model} | {r.scheme} | {r.perplexity:.3f} | {r.bits_per_character:.4f} | {r.kl:.4f} "
+        f"| {100 * r.top1:.1f} % | {r.weight_bytes / 1000:.0f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def write_into(docs: Path, text: str) -> None:
+    """Replace what stands between the markers of `docs`."""
+    page = docs.read_text(encoding="utf-8")
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    docs.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+
+
+def main() -> None:
+    from transformers import AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, action="append", help="a folder; may be given again")
+    parser.add_argument("--text", type=Path, default=DATA / "texts" / "tinystories_valid.txt")
+    parser.add_argument("--calib", default=str(DATA / "texts" / "tinystories_train.txt"))
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--characters", type=int, default=60_000)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json"
+    )
+    parser.add_argument("--docs", type=Path, help="a page whose table is replaced")
+    given = parser.parse_args()
+    rows: list[Row] = []
+    for folder in given.model or [DATA / "models" / name for name in CHECKPOINTS]:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        of = subject(folder, given.text, given.characters, given.context, tokenizer)
+        calibration = load_calibration(given.calib, tokenizer, given.samples, given.context)
+        for spec in (None, *SCHEMES):
+            rows.append(measure(of, spec, calibration.token_lists))
+            print(table(rows[-1:]).split("\n")[-1], flush=True)
+    print(table(rows))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "rows": [asdict(row) for row in rows],
+        "text": given.text.name,
+        "calibration": Path(given.calib).name,
+        "samples": given.samples,
+        "characters": given.characters,
+        "context": given.context,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    given.out.write_text(json.dumps(record, indent=1) + "\n")
+    if given.docs:
+        write_into(given.docs, table(rows))
+
+
+if __name__ == "__main__":
+    main()

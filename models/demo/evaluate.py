@@ -1,0 +1,122 @@
+"""Accuracy per task on the held-out set that is shipped with the models.
+
+    python -m smelt.models.demo.evaluate models/demo/smelt-demo models/demo/smelt-demo-draft
+
+prints a table. `task_accuracy` takes any function from prompts to completions, so a quantized
+artifact is judged by the same questions and the same rules as the original weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from .data import END, read_heldout, render
+from .tasks import check
+
+GenerateFn = Callable[[list[str]], list[str]]
+
+
+def task_accuracy(
+    generate_fn: GenerateFn,
+    n_per_task: int = 64,
+    seed: int = 0,
+    tasks: Collection[str] | None = None,
+) -> dict[str, float]:
+    """The share of right answers for each task.
+
+    `generate_fn` is given rendered chats that end where the answer begins, special tokens as
+    text, and returns the greedy completions in the same order. What follows the end token is
+    ignored. At most the shipped number of samples (64 for most tasks) is drawn, by `seed`.
+    `tasks` restricts the evaluation to the tasks it names.
+    """
+    scores: dict[str, float] = {}
+    for task, samples in read_heldout().items():
+        if tasks is not None and task not in tasks:
+            continue
+        rng = Random(f"{task} {seed}")
+        chosen = rng.sample(samples, min(n_per_task, len(samples)))
+        prompts = [render(sample.messages, add_generation_prompt=True) for sample in chosen]
+        completions = generate_fn(prompts)
+        right = sum(
+            check(sample.answers, completion.split(END)[0])
+            for sample, completion in zip(chosen, completions, strict=True)
+        )
+        scores[task] = right / len(chosen)
+    return scores
+
+
+def transformers_generate_fn(folder: Path, batch_size: int = 64) -> GenerateFn:
+    """Greedy generation with transformers, in float32 and in batches padded on the left."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def generate(prompts: list[str]) -> list[str]:
+        completions: list[str] = []
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            inputs = tokenizer(
+                part, padding=True, return_tensors="pt", add_special_tokens=False,
+                return_token_type_ids=False,
+            )  # fmt: skip
+            with torch.inference_mode():
+                output = model.generate(**inputs, do_sample=False, max_new_tokens=96)
+            new = output[:, inputs["input_ids"].shape[1] :]
+            completions += tokenizer.batch_decode(new, skip_special_tokens=False)
+        return completions
+
+    return generate
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """A Markdown table with a row for each task and a column for each model."""
+    heads = list(columns)
+    lines = [f"| task | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for task in columns[heads[0]]:
+        cells = " | ".join(f"{100 * columns[head][task]:.0f} %" for head in heads)
+        lines.append(f"| {task} | {cells} |")
+    means = [sum(scores.values()) / len(scores) for scores in columns.values()]
+    lines.append(f"| **mean** | {' | '.join(f'**{100 * mean:.1f} %**' for mean in means)} |")
+    return "\n".join(lines)
+
+
+def show_failures(generate_fn: GenerateFn, count: int) -> None:
+    """Print a few wrong completions of each task."""
+    for task, samples in read_heldout().items():
+        prompts = [render(sample.messages, add_generation_prompt=True) for sample in samples]
+        wrong = [
+            (prompt, completion.split(END)[0], sample.answer)
+            for prompt, completion, sample in zip(
+                prompts, generate_fn(prompts), samples, strict=True
+            )
+            if not check(sample.answers, completion.split(END)[0])
+        ]
+        for prompt, got, wanted in wrong[:count]:
+            print(f"{task}: {prompt} got {got!r}, not {wanted!r}")
+
+
+def main() -> None:
+    """Read the command line, evaluate, and print the table."""
+    parser = argparse.ArgumentParser(description="Accuracy of demo models per task.")
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--count", type=int, default=64, help="questions per task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--failures", type=int, default=0, help="print some wrong answers per task")
+    args = parser.parse_args()
+    columns = {}
+    for folder in args.models:
+        generate = transformers_generate_fn(folder)
+        columns[folder.name] = task_accuracy(generate, args.count, args.seed)
+        if args.failures:
+            show_failures(generate, args.failures)
+    print(table(columns))
+
+
+if __name__ == "__main__":
+    main()

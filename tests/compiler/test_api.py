@@ -1,0 +1,68 @@
+"""From a module to an artifact and back through the eager backend: no compiler runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.steps import Stepper
+from helpers.tiny import Subject, tiny_program
+
+from smelt.compiler.api import compile_model
+from smelt.runtime.artifact import open_artifact
+from smelt.runtime.batch import Batch
+from smelt.runtime.errors import UserError
+
+
+class Opened:
+    """An opened artifact in the place of a program, for `Stepper`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.program = open_artifact(folder).program
+        self.caches = self.program.spec
+
+    def run(self, values: dict[str, torch.Tensor], weights: object) -> torch.Tensor:
+        groups = range(len(self.caches.groups))
+        batch = Batch(
+            *(values[n] for n in ("input_ids", "position_ids", "query_start", "seq_lens")),
+            [values[f"slot_mapping_{g}"] for g in groups],
+            [values[f"block_tables_{g}"] for g in groups],
+            values["logits_rows"],
+        )
+        caches = [values[f"kv_cache_{i}"] for i in range(self.caches.layers)]
+        return self.program.run(batch, caches)
+
+
+def compiled(subject: Subject, out: Path, **options: Any) -> Opened:
+    assert compile_model(subject.model, out, backend="eager", **options) is not None
+    return Opened(out)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("gemma2", {}), ("mixtral", {}), ("llama", {"skip": ("choose-providers",)})],
+)
+def test_an_artifact_gives_eagers_logits(
+    tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    subject = tiny_program(family)
+    assert subject.logits is not None
+    stepper = Stepper(compiled(subject, tmp_path / "OUT", **options), {}, [subject.ids])  # type: ignore[arg-type]
+    found = [stepper.step({0: n})[0] for n in (12, 1, 16)]
+    torch.testing.assert_close(torch.cat(found), subject.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_cache_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="without the pass insert-kv-cache there is no step"):
+        compiled(tiny_program("llama"), tmp_path / "OUT", skip=("insert-kv-cache",))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_cut_short_leaves_nothing(tmp_path: Path) -> None:
+    model = tiny_program("llama").model
+    out = compile_model(model, tmp_path / "OUT", stop_after="fuse-linears", dump=tmp_path / "dump")
+    assert out is None
+    assert [path.name for path in tmp_path.iterdir()] == ["dump"]
+    assert any(path.name.endswith("fuse-linears.txt") for path in (tmp_path / "dump").iterdir())
