@@ -107,6 +107,18 @@ def summary(manifest: Any) -> list[str]:
         f"compiled in {manifest.build['seconds']:.0f} s",
         f"weights {size(before)} -> {size(after)} ({before / after:.2f}x smaller)",
     ]
+    if "kl" in manifest.quality:
+        q = manifest.quality
+        lines.append(
+            f"against the original on {q['tokens']} tokens: KL {q['kl']:.2g}, "
+            f"top-1 agreement {q['top1']:.1%}"
+        )
+    if "decode_tokens_per_s" in manifest.speed:
+        s = manifest.speed
+        lines.append(
+            f"decodes {s['decode_tokens_per_s']:.0f} tokens/s, "
+            f"{s['bound_fraction']:.0%} of what the memory's bandwidth allows"
+        )
     for record in manifest.passes:
         for note in record.get("notes", []):
             if "summary" in note:

@@ -13,6 +13,7 @@ STAGES = {
     "save": "saving the portable program",
     "weights": "writing weights",
     "compile": "compiling with AOTInductor",
+    "prove": "measuring the result",
 }
 
 

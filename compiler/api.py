@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -32,6 +32,7 @@ from .manager import Controls, PassManager, Stage
 from .numerics import NumericsCheck
 from .options import DTYPES, CompileOptions
 from .pipeline import PipelineConfig, installed_passes, load_pass, pipeline, portable_stages
+from .proof import Proof, speed
 from .quantization import quantize_stage
 from .trace import check_against_eager, export, program_from_export, refuse_unsupported
 from .weights import ModuleSource, bind, checkpoint_specs
@@ -95,6 +96,7 @@ def _compile(
         program = _trace(loaded)
         program.target = settings.device
         stages = _stages(settings, program, loaded, report)
+        proof = None if settings.partial else _proof(program, loaded, settings)
         portable_count = len(portable_stages(stages)[0])
         check = NumericsCheck(program, loaded.source) if settings.check_numerics else None
         controls = Controls(
@@ -124,8 +126,13 @@ def _compile(
         _lower(program, settings.backend, folder, manifest, report)
         if loaded.folder is not None:
             artifact.copy_tokenizer(loaded.folder, folder)
-        manifest.build["seconds"] = round(time.perf_counter() - started, 2)
         artifact.seal(manifest, folder)
+        report("prove", 0, 1)
+        if proof is not None and settings.backend == "aoti":
+            manifest.quality = proof.quality(folder, settings.spec.method != "none")
+            manifest.speed = speed(folder)
+        manifest.build["seconds"] = round(time.perf_counter() - started, 2)
+        manifest.write(folder)
     return Artifact(out, manifest)
 
 
@@ -208,6 +215,10 @@ def _stages(
     return pipeline(PipelineConfig(settings.opt, quantize, (*installed_passes(), *extra), options))
 
 
+def _proof(program: Program, loaded: _Loaded, settings: CompileOptions) -> Proof:
+    return Proof(program, loaded.source, loaded.folder, settings.calib)
+
+
 def _layout(program: Program, settings: CompileOptions) -> BatchLayout:
     context = program.facts.max_position
     return BatchLayout(
@@ -281,8 +292,18 @@ def _bytes_per_token(program: Program) -> int:
             continue
         lookups = [u for u in node.users if u.target is torch.ops.aten.embedding.default]
         if len(lookups) < len(node.users):
-            total += program.weights.specs[name].nbytes
+            total += int(program.weights.specs[name].nbytes * _share_read(node))
     return total
+
+
+def _share_read(weight: fx.Node) -> float:
+    """Of a layer's experts, one token reads those its router chose; of other weights, all."""
+    for user in weight.users:
+        if user.target is torch.ops.smelt.experts.default and weight in user.args[3:5]:
+            chosen: Any = user.args[1]
+            stored: Any = user.args[3]
+            return float(chosen.meta["val"].shape[-1] / stored.meta["val"].shape[0])
+    return 1.0
 
 
 def _version(package: str) -> str:

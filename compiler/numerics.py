@@ -7,6 +7,7 @@ import torch
 from smelt.passes.base import Close, Exact, Lossy, Pass
 from smelt.passes.program import Program
 from smelt.passes.weights import TensorSource
+from smelt.runtime.batch import CacheSpec
 
 from .manager import PassError
 
@@ -18,11 +19,16 @@ HALF_KL = 5e-3
 def step_values(program: Program, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Inputs by name that run `ids` [T] as one whole sequence, whatever the program's dialect."""
     count = ids.shape[0]
+    if program.caches is not None:
+        return spec_values(program.caches, ids)
+    return {"input_ids": ids, "position_ids": torch.arange(count)}
+
+
+def spec_values(spec: CacheSpec, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The contract's inputs by name, with fresh caches, for `ids` [T] as one whole sequence."""
+    count = ids.shape[0]
     values = {"input_ids": ids, "position_ids": torch.arange(count)}
     values["logits_rows"] = torch.arange(count)
-    if program.caches is None:
-        return values
-    spec = program.caches
     blocks = -(-count // spec.block_size)
     values["query_start"] = torch.tensor([0, count], dtype=torch.int32)
     values["seq_lens"] = torch.tensor([count], dtype=torch.int32)

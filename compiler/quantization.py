@@ -49,10 +49,11 @@ def _calibration(settings: CompileOptions, folder: Path | None) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-    source = settings.calib
-    shipped = folder / "calibration.txt"
-    if source == "builtin" and shipped.is_file():
-        source = str(shipped)
     return load_calibration(
-        source, tokenizer, settings.calib_samples, settings.calib_seqlen, seed=0
+        settings.calib,
+        tokenizer,
+        settings.calib_samples,
+        settings.calib_seqlen,
+        seed=0,
+        model_folder=folder,
     )

@@ -24,7 +24,10 @@ PER_TASK = 24
 def main(model: Path, out: Path) -> None:
     print(f"compiling {model} with AWQ (int4, groups of 128) into {out}")
     with reporting() as report:
-        artifact = smelt.compile(model, out, quant="awq", force=True, progress=report)
+        calibration = str(model.parent / "calibration.txt")
+        artifact = smelt.compile(
+            model, out, quant="awq", calib=calibration, force=True, progress=report
+        )
     for line in summary(artifact.manifest):
         print(f"  {line}")
     started = time.perf_counter()

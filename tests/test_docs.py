@@ -42,12 +42,13 @@ def script(name: str) -> ModuleType:
 def commands(text: str) -> Iterator[str]:
     """Every `smelt ...` command line of a page: lines of code blocks, and code within a line."""
     text = re.sub(r"\s*\\\n\s*", " ", text)
-    inline = re.findall(r"`(smelt [^`\n]+)`", text)
-    lines = re.findall(r"^(?:    |\$ |> )?\s*(?:\$ )?(smelt [a-z]+\b.*)$", text, re.MULTILINE)
-    yield from inline
-    for line in lines:
-        if line.split()[1] in VERBS and not line.rstrip().endswith("."):
-            yield line
+    yield from re.findall(r"`(smelt [^`\n]+)`", FENCE.sub("", text))
+    code = [line for block in FENCE.findall(text) for line in block.splitlines()]
+    code += re.findall(r"^(?: {4}|\t).*$", FENCE.sub("", text), re.MULTILINE)
+    for line in code:
+        found = re.match(r"\s*(?:[$>] )?(smelt [a-z-].*)", line)
+        if found and (found.group(1).split()[1] in VERBS or " -" in line):
+            yield found.group(1)
 
 
 def words(command: str) -> list[str]:

@@ -115,7 +115,7 @@ def _norm(program: Program, node: fx.Node) -> Producer | None:
     if is_call(node, aten.layer_norm.default):
         args = [*node.args, *[None] * 5]
         weight, bias = program.weight_name(args[2]), program.weight_name(args[3])
-        if weight is None or len(args[1]) != 1 or (args[3] is not None and bias is None):  # type: ignore[arg-type]
+        if weight is None or len(args[1]) != 1 or (args[3] is not None and bias is None):
             return None
         return Producer(node, weight, bias=bias)
     return None

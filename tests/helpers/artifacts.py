@@ -30,7 +30,7 @@ def smelt(
 def one_line(text: str) -> str:
     """The single line that the command had to say, without torch's own warnings."""
     lines = [line for line in text.splitlines() if line.startswith("smelt: ")]
-    progress = ("reading", "tracing", "calibrating", "saving", "writing", "compiling")
+    progress = ("reading", "tracing", "calibrating", "saving", "writing", "compiling", "measuring")
     said = [line for line in lines if not line.removeprefix("smelt: ").startswith(progress)]
     assert len(said) == 1, text
     return said[0]
