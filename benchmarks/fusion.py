@@ -1,6 +1,6 @@
 """Do fused operators of our own beat leaving the fusion to Inductor? One interleaved run, CPU.
 
-    python benchmarks/fusion.py [--rounds 30] [--threads 1,2] [--packages DIR] [--out FILE]
+    python -m benchmarks.fusion [--rounds 30] [--threads 1,2] [--packages DIR] [--out FILE]
 
 A four-layer random bf16 Llama of shape S's width, with a small vocabulary so that the layers and
 not the output layer decide the step, is compiled once for each variant:
@@ -35,7 +35,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from shapes import SHAPES
 
 import smelt
 from smelt.passes import dialect, providers
@@ -48,6 +47,8 @@ from smelt.runtime.batch import Batch
 from smelt.runtime.kernels import build
 from smelt.runtime.ops.library import operator
 from smelt.runtime.ops.norm import rms_norm
+
+from .shapes import SHAPES
 
 HERE = Path(__file__).resolve().parent
 LAYERS, VOCAB, PROMPT = 4, 1024, 128
@@ -153,7 +154,7 @@ def main() -> None:
             steps[variant.name], counts[variant.name] = compile_variant(variant, folder)
             logits[variant.name] = steps[variant.name].prefill().float()
         result: dict[str, Any] = {
-            "command": f"python benchmarks/fusion.py --rounds {options.rounds} "
+            "command": f"python -m benchmarks.fusion --rounds {options.rounds} "
             f"--threads {','.join(map(str, options.threads))}",
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "shape": {**config(), "dtype": "bfloat16"},

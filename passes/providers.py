@@ -117,8 +117,8 @@ class ChooseProviders(Pass):
     def run(self, program: Program, options: ProviderOptions) -> PassResult:
         result = PassResult()
         overrides = dict(options.overrides)
-        for name, provider in overrides.items():
-            _check_override(name, provider)
+        for operator, provider in overrides.items():
+            _check_override(operator, provider)
         for node in program.calls():
             name = "linear" if node.target is aten.linear.default else smelt_name(node)
             if name is None or "provider" in node.meta:

@@ -14,13 +14,14 @@ FOLDER = Path(data.__file__).parent
 MODELS = ("smelt-demo", "smelt-demo-draft")
 SIZE_LIMIT = 12_000_000
 
-# Tasks with one-line answers that both models must not lose, each with a floor for the larger.
+# Floors for the larger model on ten questions each; its accuracy on all of them is 88 to 100 %.
 FLOORS = {
-    "add_two_digits": 0.8,
-    "copy_words": 0.8,
-    "spell": 0.8,
-    "where_is": 0.8,
+    "count_words": 0.8,
+    "edge_word": 0.8,
+    "extreme": 0.6,
+    "multiply": 0.6,
     "recall": 0.8,
+    "reverse_words": 0.8,
     "small_talk": 0.8,
 }
 
