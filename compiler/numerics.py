@@ -18,10 +18,10 @@ HALF_KL = 5e-3
 
 def step_values(program: Program, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Inputs by name that run `ids` [T] as one whole sequence, whatever the program's dialect."""
-    count = ids.shape[0]
     if program.caches is not None:
         return spec_values(program.caches, ids)
-    return {"input_ids": ids, "position_ids": torch.arange(count)}
+    rows = torch.arange(ids.shape[0])
+    return {"input_ids": ids, "position_ids": rows, "logits_rows": rows}
 
 
 def spec_values(spec: CacheSpec, ids: torch.Tensor) -> dict[str, torch.Tensor]:
