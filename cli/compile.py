@@ -9,6 +9,7 @@ import typer
 
 from smelt.runtime.errors import UserError
 
+from .passes import print_passes
 from .progress import reporting
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or OWNER/NAME.")]
@@ -55,7 +56,7 @@ def command(
 ) -> None:
     """Compile a Hugging Face model into an artifact."""
     with reporting() as report:
-        from smelt.compiler.api import compile_model
+        from smelt.compiler.api import Stopped, compile_model
 
         artifact = compile_model(
             model,
@@ -83,7 +84,8 @@ def command(
             trust_remote_code=trust_remote_code,
             revision=revision,
         )
-    if artifact is None:
+    if isinstance(artifact, Stopped):
+        print_passes(artifact.passes)
         where = f"; graphs are in {dump}" if dump else "; add --dump DIR to see the graphs"
         print(f"stopped early as asked, no artifact was written{where}")
         return

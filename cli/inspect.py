@@ -10,6 +10,7 @@ import typer
 
 from .compile import size
 from .options import Artifact
+from .passes import print_passes
 
 
 def command(
@@ -27,7 +28,7 @@ def command(
         print(json.dumps(manifest.to_json()))
         return
     _print_overview(manifest)
-    _print_passes(manifest.passes)
+    print_passes(manifest.passes)
     if passes:
         for record in manifest.passes:
             _print_places(record)
@@ -48,23 +49,6 @@ def _print_overview(manifest: Any) -> None:
     print(f"backend   {manifest.backend}, made {manifest.build.get('date')}")
     chosen = Counter((p["operator"], p["provider"]) for p in manifest.providers)
     print("kernels   " + ", ".join(f"{op}: {by} x{n}" for (op, by), n in sorted(chosen.items())))
-
-
-def _print_passes(records: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("pass", "matched", "expected", "rewritten", "declined", "nodes", "ms", box=None)
-    for r in records:
-        if r.get("skipped"):
-            table.add_row(r["name"], "skipped", "", "", "", "", "")
-            continue
-        expected = "any" if r["expected"] is None else str(r["expected"])
-        nodes = f"{r['nodes_before']} -> {r['nodes_after']}"
-        row = (r["matched"], expected, r["rewritten"], len(r["declined"]), nodes, f"{r['ms']:.0f}")
-        table.add_row(r["name"], *(str(cell) for cell in row))
-    print()
-    Console().print(table)
 
 
 def _print_places(record: dict[str, Any]) -> None:

@@ -63,3 +63,21 @@ def _print_page(pass_: Any) -> None:
     for field in fields(pass_.Options):
         default = "" if field.default is MISSING else f" = {field.default}"
         print(f"option {field.name}{default}")
+
+
+def print_passes(records: list[dict[str, Any]]) -> None:
+    """What each pass of a compilation did, one row a pass."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("pass", "matched", "expected", "rewritten", "declined", "nodes", "ms", box=None)
+    for r in records:
+        if r.get("skipped"):
+            table.add_row(r["name"], "skipped", "", "", "", "", "")
+            continue
+        expected = "any" if r["expected"] is None else str(r["expected"])
+        nodes = f"{r['nodes_before']} -> {r['nodes_after']}"
+        row = (r["matched"], expected, r["rewritten"], len(r["declined"]), nodes, f"{r['ms']:.0f}")
+        table.add_row(r["name"], *(str(cell) for cell in row))
+    print()
+    Console().print(table)

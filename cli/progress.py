@@ -12,7 +12,7 @@ STAGES = {
     "calibrate": "calibrating",
     "save": "saving the portable program",
     "weights": "writing weights",
-    "compile": "compiling with AOTInductor",
+    "compile": "compiling the step",
     "prove": "measuring the result",
 }
 

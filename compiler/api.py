@@ -52,6 +52,13 @@ class Artifact:
     manifest: Manifest
 
 
+@dataclass(frozen=True)
+class Stopped:
+    """What the passes did in a compilation that was asked to end early; nothing was written."""
+
+    passes: list[dict[str, Any]]
+
+
 @dataclass
 class _Loaded:
     """A model before it is traced: skeleton, configuration, where its weights are."""
@@ -71,17 +78,17 @@ def compile_model(
     *,
     progress: Progress | None = None,
     **options: Any,
-) -> Artifact | None:
+) -> Artifact | Stopped:
     """Compile `model` (folder, hub name, or a transformers module) into the artifact `out`.
 
-    options: the fields of `CompileOptions`. Returns None when the pipeline was asked to stop before
-    its end. Raises UserError and SmeltError; the artifact that was at `out` stays as it was.
+    options: the fields of `CompileOptions`. Returns `Stopped` when the pipeline was asked to stop
+    before its end. Raises UserError and SmeltError; the artifact that was at `out` stays as it was.
     """
     settings = CompileOptions(**options)
     try:
         return _compile(model, Path(out).expanduser().absolute(), settings, progress or _silent)
-    except _Stopped:
-        return None
+    except _Stopped as stopped:
+        return Stopped(stopped.records)
 
 
 def _compile(
@@ -111,12 +118,8 @@ def _compile(
         manager.run(program, until=portable_count)
         if settings.partial:
             manager.run(program, start=portable_count)
-            raise _Stopped
-        if program.caches is None:
-            raise UserError(
-                "without the pass insert-kv-cache there is no step to compile; "
-                "add --stop-after to look at the graph without it"
-            )
+            raise _Stopped(program.records)
+        _check_step(program)
         program.layout = _layout(program, settings)
         report("save", 0, 1)
         portable.save_portable(program, folder)
@@ -137,7 +140,11 @@ def _compile(
 
 
 class _Stopped(Exception):
-    """The pipeline ended where it was asked to; nothing is written."""
+    """The pipeline ended where it was asked to; carries the records of the passes that ran."""
+
+    def __init__(self, records: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.records = records
 
 
 def _load(model: str | os.PathLike[str] | nn.Module, settings: CompileOptions) -> _Loaded:
@@ -208,11 +215,24 @@ def _stages(
     settings: CompileOptions, program: Program, loaded: _Loaded, report: Progress
 ) -> list[Stage]:
     extra = [load_pass(p) if isinstance(p, str) else p for p in settings.passes]
-    quantize = quantize_stage(settings, loaded.source, loaded.folder, report)
+    quantize = quantize_stage(
+        settings, loaded.source, loaded.folder, program.facts.max_position, report
+    )
     options: dict[str, dict[str, Any]] = {"insert-kv-cache": {"block_size": settings.block_size}}
     if settings.providers:
         options["choose-providers"] = {"overrides": tuple(settings.providers)}
     return pipeline(PipelineConfig(settings.opt, quantize, (*installed_passes(), *extra), options))
+
+
+def _check_step(program: Program) -> None:
+    """Raise UserError when a pass the engine cannot do without was skipped."""
+    inputs = {entry.name for entry in program.inputs.values()}
+    lacking = "insert-kv-cache" if program.caches is None else "keep-logits-rows"
+    if program.caches is None or "logits_rows" not in inputs:
+        raise UserError(
+            f"without the pass {lacking} there is no step to compile; "
+            "add --stop-after to look at the graph without it"
+        )
 
 
 def _proof(program: Program, loaded: _Loaded, settings: CompileOptions) -> Proof:

@@ -17,9 +17,15 @@ METHODS: dict[str, type[Pass]] = {"rtn": QuantizeRtn, "awq": QuantizeAwq}
 
 
 def quantize_stage(
-    settings: CompileOptions, source: TensorSource, folder: Path | None, progress: Progress
+    settings: CompileOptions,
+    source: TensorSource,
+    folder: Path | None,
+    context: int,
+    progress: Progress,
 ) -> Stage | None:
     """The stage that `settings` ask for, or None without quantization.
+
+    context: the model's, in tokens; calibration sequences are no longer.
 
     Raises UserError when calibration is needed and the text or the tokenizer is missing.
     """
@@ -27,7 +33,7 @@ def quantize_stage(
         return None
     if settings.spec.method == "rtn":
         return Stage(QuantizeRtn(), RtnOptions(settings.spec))
-    calibration = _calibration(settings, folder)
+    calibration = _calibration(settings, folder, context)
 
     def calibrating(layer: str, done: int, total: int) -> None:
         progress("calibrate", done, total)
@@ -38,7 +44,7 @@ def quantize_stage(
     return Stage(QuantizeAwq(), options)
 
 
-def _calibration(settings: CompileOptions, folder: Path | None) -> Any:
+def _calibration(settings: CompileOptions, folder: Path | None, context: int) -> Any:
     from .calibration_data import load_calibration
 
     if folder is None or not (folder / "tokenizer.json").is_file():
@@ -53,7 +59,7 @@ def _calibration(settings: CompileOptions, folder: Path | None) -> Any:
         settings.calib,
         tokenizer,
         settings.calib_samples,
-        settings.calib_seqlen,
+        min(settings.calib_seqlen, context),
         seed=0,
         model_folder=folder,
     )

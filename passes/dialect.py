@@ -14,13 +14,14 @@ from .program import Dialect, Program, Role, module_path
 smelt = torch.ops.smelt
 
 _TRACED = {"attention", "experts"}
-_SEMANTIC = _TRACED | {"rms_norm", "rope", "gated_activation", "add_rms_norm"}
+_SEMANTIC = _TRACED | {"rms_norm", "rope", "gated_activation"}
 _QUANTIZED = _SEMANTIC | {"linear_int4", "linear_int8"}
 _CACHED = (_QUANTIZED - {"attention"}) | {"cached_attention"}
 _LOWERED = (_CACHED - {"linear_int4", "linear_int8"}) | {
     "linear",
     "linear_int4",
     "linear_int8",
+    "cached_attention_reference",
     "linear_int4_blocked",
     "linear_int8_blocked",
 }
@@ -32,7 +33,7 @@ ALLOWED: dict[Dialect, set[str]] = {
     Dialect.CACHED: _CACHED,
     Dialect.LOWERED: _LOWERED,
 }
-CACHE_OPERATORS = {"cached_attention"}
+CACHE_OPERATORS = {"cached_attention", "cached_attention_reference"}
 
 
 class DialectError(SmeltError):

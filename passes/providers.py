@@ -19,7 +19,7 @@ from smelt.runtime.ops.linear import (
     unblock_int4,
     unblock_int8,
 )
-from smelt.runtime.ops.norm import add_rms_norm, rms_norm
+from smelt.runtime.ops.norm import rms_norm
 from smelt.runtime.ops.rope import rope
 
 from .base import Close, Pass, PassResult
@@ -32,7 +32,6 @@ from .weights import operation
 # traced into the graph at lowering. docs/passes.md holds the measurement.
 INLINED: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm,
-    "add_rms_norm": add_rms_norm,
     "rope": rope,
     "gated_activation": gated_activation,
 }
@@ -177,6 +176,8 @@ def _apply(program: Program, node: fx.Node, name: str, provider: str) -> None:
         node.target = torch.ops.smelt.linear.default
         if len(node.args) < 3:
             node.args = (*node.args, None)
+    elif name == "cached_attention" and provider == "reference":
+        node.target = torch.ops.smelt.cached_attention_reference.default
     elif name in INLINED_LINEARS and provider == "cpu":
         _blocked(program, node, name)
 

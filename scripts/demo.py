@@ -9,6 +9,7 @@ from pathlib import Path
 import smelt
 from smelt.cli.compile import size, summary
 from smelt.cli.progress import reporting
+from smelt.compiler.api import Artifact
 from smelt.models.demo.data import END
 from smelt.models.demo.evaluate import task_accuracy, transformers_generate_fn
 
@@ -28,6 +29,7 @@ def main(model: Path, out: Path) -> None:
         artifact = smelt.compile(
             model, out, quant="awq", calib=calibration, force=True, progress=report
         )
+    assert isinstance(artifact, Artifact)
     for line in summary(artifact.manifest):
         print(f"  {line}")
     started = time.perf_counter()

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compiler.api import Artifact
     from .compiler.api import compile_model as compile
     from .passes.base import Pass
-    from .runtime.artifact import LoadedArtifact as Artifact
     from .runtime.engine import Engine
     from .runtime.errors import SmeltError, UserError
     from .runtime.llm import LLM, Output
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Artifact": ("runtime.artifact", "LoadedArtifact"),
+    "Artifact": ("compiler.api", "Artifact"),
     "Engine": ("runtime.engine", "Engine"),
     "LLM": ("runtime.llm", "LLM"),
     "Output": ("runtime.llm", "Output"),

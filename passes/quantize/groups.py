@@ -107,11 +107,6 @@ def _norm(program: Program, node: fx.Node) -> Producer | None:
         weight = program.weight_name(node.args[1])
         offset = float(node.args[3])  # type: ignore[arg-type]
         return Producer(node, weight, offset) if weight else None
-    if name == "add_rms_norm":
-        weight = program.weight_name(node.args[2])
-        normed = [user for user in node.users if user.args[1:] == (0,)]
-        offset = float(node.args[4])  # type: ignore[arg-type]
-        return Producer(normed[0], weight, offset) if weight and len(normed) == 1 else None
     if is_call(node, aten.layer_norm.default):
         args = [*node.args, *[None] * 5]
         weight, bias = program.weight_name(args[2]), program.weight_name(args[3])

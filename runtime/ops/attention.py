@@ -78,12 +78,17 @@ def _cached_attention_fake(
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
-@operator(
-    "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor slot_mapping, "
+_CACHED_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor slot_mapping, "
     "Tensor query_start, Tensor seq_lens, Tensor block_table, float scale, int window, "
-    "float softcap, Tensor? sinks, Tensor? tree_mask) -> Tensor",
-    _cached_attention_fake,
+    "float softcap, Tensor? sinks, Tensor? tree_mask) -> Tensor"
 )
+
+
+# The second name is for `--provider cached_attention=reference`: where the CPU kernels are loaded,
+# they answer for the first on every CPU tensor.
+@operator("cached_attention_reference" + _CACHED_SCHEMA, _cached_attention_fake)
+@operator("cached_attention" + _CACHED_SCHEMA, _cached_attention_fake)
 def cached_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -25,24 +25,3 @@ def rms_norm(
         scale = weight.float() + offset if offset else weight.float()
         normed = normed * scale
     return normed.to(x.dtype)
-
-
-def _add_same(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
-
-
-@operator(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) "
-    "-> (Tensor, Tensor)",
-    _add_same,
-)
-def add_rms_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    offset: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, residual [..., K] -> (rms_norm(residual + x), residual + x); the sum is in x's dtype."""
-    total = residual + x
-    return rms_norm(total, weight, eps, offset), total

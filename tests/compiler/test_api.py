@@ -10,7 +10,7 @@ import torch
 from helpers.steps import Stepper
 from helpers.tiny import Subject, tiny_program
 
-from smelt.compiler.api import compile_model
+from smelt.compiler.api import Stopped, compile_model
 from smelt.runtime.artifact import open_artifact
 from smelt.runtime.batch import Batch
 from smelt.runtime.errors import UserError
@@ -63,6 +63,7 @@ def test_without_a_cache_nothing_is_written(tmp_path: Path) -> None:
 def test_a_pipeline_cut_short_leaves_nothing(tmp_path: Path) -> None:
     model = tiny_program("llama").model
     out = compile_model(model, tmp_path / "OUT", stop_after="fuse-linears", dump=tmp_path / "dump")
-    assert out is None
+    assert isinstance(out, Stopped)
+    assert out.passes[-1]["name"] == "fuse-linears"
     assert [path.name for path in tmp_path.iterdir()] == ["dump"]
     assert any(path.name.endswith("fuse-linears.txt") for path in (tmp_path / "dump").iterdir())

@@ -10,6 +10,7 @@ import torch
 from helpers.tiny import FAMILIES
 
 import smelt
+from smelt.compiler.api import Artifact
 from smelt.compiler.trace import PackedForward, _small_model
 from smelt.runtime.batch import Batch
 
@@ -50,7 +51,7 @@ def test_compiled_logits_equal_eager(family: str, tmp_path: Path) -> None:
 
     small, model, _, _ = _small_model(AutoConfig.for_model(family), False)
     artifact = smelt.compile(model, tmp_path / "out")
-    assert artifact is not None
+    assert isinstance(artifact, Artifact)
     program = open_artifact(artifact.folder).program
     generator = torch.Generator().manual_seed(0)
     one = torch.randint(0, small.vocab_size, (29,), generator=generator)

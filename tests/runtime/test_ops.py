@@ -161,10 +161,6 @@ def test_rms_norm(offset: float) -> None:
     torch.testing.assert_close(
         smelt.rms_norm(x, None, 1e-5, offset), F.rms_norm(x, (16,), None, 1e-5)
     )
-    residual = torch.randn(3, 16)
-    normed, total = smelt.add_rms_norm(x, residual, weight, 1e-5, offset)
-    assert torch.equal(total, x + residual)
-    torch.testing.assert_close(normed, F.rms_norm(total, (16,), weight + offset, 1e-5))
 
 
 @pytest.mark.parametrize("width", [D, 4])
@@ -263,8 +259,11 @@ def samples() -> dict[str, tuple[Any, ...]]:
             *(heads(3), heads(3, G), heads(3, G), cache, torch.arange(3)),
             *(*sizes, blocks, 1.0, 0, 0.0, None, None),
         ),
+        "cached_attention_reference": (
+            *(heads(3), heads(3, G), heads(3, G), cache, torch.arange(3)),
+            *(*sizes, blocks, 1.0, 0, 0.0, None, None),
+        ),
         "rms_norm": (x, None, 1e-5, 0.0),
-        "add_rms_norm": (x, x, None, 1e-5, 0.0),
         "rope": (heads(3), table, table, False),
         "gated_activation": (x, x, "silu"),
         "experts": (
