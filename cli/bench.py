@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Artifact
+from .progress import counting
 
 if TYPE_CHECKING:
     from smelt.runtime.measure import Measurement
@@ -35,7 +34,7 @@ def command(
     from smelt import load
     from smelt.runtime.measure import bench
 
-    with _progress() as progress:
+    with counting("measuring") as progress:
         found = bench(
             artifact,
             prompt=prompt,
@@ -52,21 +51,6 @@ def command(
         print(json.dumps(vars(found)))
     else:
         print(report(found, batch))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    import sys
-
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task: Any = bar.add_task("measuring", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def report(found: Measurement, batch: int) -> str:

@@ -6,16 +6,15 @@ printed with every result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from smelt.runtime.errors import UserError
 
 from .options import Artifact
+from .progress import counting
 
 if TYPE_CHECKING:
     from smelt.runtime.evaluation import Evaluation, Score
@@ -80,7 +79,7 @@ def command(
         windows = prepare(
             content, llm.tokenizer, context=context, ctx=ctx, stride=stride, max_tokens=max_tokens
         )
-        with _progress() as progress:
+        with counting("scoring windows") as progress:
             found = evaluate(windows, llm.logits, original, progress)
     if as_json:
         import json
@@ -124,22 +123,6 @@ def _check_vocabulary(
             f"the artifact and {name} tokenise the text differently: "
             "--against needs the model the artifact was made from"
         )
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr where it is a terminal; stdout stays for the result."""
-    import sys
-
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task: Any = bar.add_task("scoring windows", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def report(found: Evaluation) -> str:

@@ -42,6 +42,20 @@ def reporting() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar for (done, total) where stderr is a terminal, None elsewhere; stdout is for results."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 class _Lines:
     """One line when the stage changes, so that a log stays readable."""
 

@@ -73,7 +73,7 @@ def cache_folder() -> Path:
     """smelt's folder in the user's cache."""
     given = os.environ.get("SMELT_CACHE")
     if given:
-        return Path(given)
+        return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smelt"
 
 

@@ -26,6 +26,7 @@ import torch
 
 from .. import ops  # noqa: F401  # defines the operators that the library implements
 from ..errors import SmeltError, UserError
+from ..integrity import cache_folder
 
 SOURCES = Path(__file__).parent / "cpu"
 TORCH_UNITS = ("ops_linear.cpp", "ops_attention.cpp")
@@ -88,13 +89,6 @@ def _link_flags() -> list[str]:
     return ["-shared", *undefined, f"-L{folder}", "-ltorch_cpu", "-lc10"]
 
 
-def _cache_folder() -> Path:
-    if os.environ.get("SMELT_CACHE"):
-        return Path(os.environ["SMELT_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "smelt"
-
-
 def _key() -> str:
     """Hash of all that the library's contents follow from."""
     digest = hashlib.sha256()
@@ -150,7 +144,7 @@ def library_path() -> Path:
 
     Raises SmeltError with the compiler's first error, UserError where there is no compiler.
     """
-    path = _cache_folder() / "kernels" / _key() / "smelt_cpu.so"
+    path = cache_folder() / "kernels" / _key() / "smelt_cpu.so"
     if not path.exists():
         _build(path)
     return path
