@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from smelt.runtime import isa, machine
+from smelt.runtime.integrity import cache_folder
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "torchao")
 # Instruction sets that decide which kernels run; the others change little.
@@ -82,13 +83,6 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def cache_folder() -> Path:
-    """Where smelt keeps its compiled kernels."""
-    from smelt.runtime.kernels.build import _cache_folder
-
-    return _cache_folder()
-
-
 def _disk_free(folder: Path) -> int:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -149,7 +143,7 @@ def _kernels() -> dict[str, Any]:
     try:
         from smelt.runtime.kernels import build
 
-        path = build._cache_folder() / "kernels" / build._key() / "smelt_cpu.so"
+        path = cache_folder() / "kernels" / build._key() / "smelt_cpu.so"
         if not path.is_file():
             return {"compiled": False, "path": str(path), "isa": None}
         return {"compiled": True, "path": str(path), "isa": build.active_isa()}
