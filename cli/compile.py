@@ -22,8 +22,8 @@ Names = Optional[list[str]]  # noqa: UP045
 def command(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the artifact.")],
-    quant: Annotated[str, typer.Option(help="none, rtn or awq.")] = "none",
-    format: Annotated[OptionalStr, typer.Option(help="int4 or int8.")] = None,
+    quant: Annotated[str, typer.Option(help="none, rtn, awq or gptq.")] = "none",
+    format: Annotated[OptionalStr, typer.Option(help="int4, int8, int3 or int2.")] = None,
     group_size: Annotated[
         OptionalInt, typer.Option(help="Weights that share a scale; 0 is a whole row.")
     ] = None,

@@ -175,9 +175,17 @@ def abilities(hardware: dict[str, Any], software: dict[str, Any]) -> dict[str, A
         "backends": backends,
         "devices": ["cpu", *(["cuda"] if cuda else [])],
         "cpu_kernels": kernels,
-        "quantization": ["none", "rtn int4", "rtn int8", "awq int4"],
+        "quantization": _quantization(),
         "fastest": _fastest(hardware, works, bool(cuda)),
     }
+
+
+def _quantization() -> list[str]:
+    """Every method with each of its formats."""
+    from smelt.passes.quantize.spec import METHODS
+
+    pairs = [f"{method} {form}" for method, formats in METHODS.items() for form in formats]
+    return ["none", *pairs]
 
 
 def _fastest(hardware: dict[str, Any], works: bool, cuda: bool) -> str:

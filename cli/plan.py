@@ -26,10 +26,10 @@ def command(
         ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Sequences at once.")] = 1,
-    quant: Annotated[str, typer.Option("--quant", help="none, rtn or awq.")] = "none",
+    quant: Annotated[str, typer.Option("--quant", help="none, rtn, awq or gptq.")] = "none",
     format: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--format", help="int4 or int8.", show_default=False),
+        typer.Option("--format", help="int4, int8, int3 or int2.", show_default=False),
     ] = None,
     group_size: Annotated[
         Optional[int],  # noqa: UP045

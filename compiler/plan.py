@@ -1,9 +1,10 @@
 """How much memory a model will need, from its configuration alone: nothing is built or downloaded.
 
     weights      every parameter of the module, once where tied, in the model's dtype; a linear that
-                 the method quantizes counts 4 bits a weight with a bfloat16 scale and a uint8 zero
-                 a group (int4), or 8 bits with a bfloat16 scale a group or row (int8). Embeddings,
-                 the logits' linear, routers and experts keep the model's dtype.
+                 the method quantizes counts its bits a weight with a bfloat16 scale and a byte of
+                 zero point a group (int4, int3, int2), or 8 bits with a bfloat16 scale a group or
+                 row (int8). Embeddings, the logits' linear, routers and experts keep the model's
+                 dtype.
     KV cache     2 x key/value heads x head size x bytes for every layer and token, in whole blocks;
                  a layer with a sliding window needs no more tokens than its window.
     activations  T x (2 x hidden + widest) x bytes + batch x vocabulary x (bytes + 4), with T the
@@ -31,7 +32,7 @@ from smelt.models.checkpoint import Checkpoint
 from smelt.models.config import load_config, max_positions
 from smelt.models.folder import read_json, resolve
 from smelt.models.skeleton import build
-from smelt.passes.quantize.spec import QuantSpec, Scheme
+from smelt.passes.quantize.spec import FORMATS, QuantSpec, Scheme
 from smelt.runtime import machine
 from smelt.runtime.errors import SmeltError, UserError
 
@@ -241,9 +242,8 @@ def weights_bytes(skeleton: nn.Module, spec: QuantSpec) -> tuple[int, int]:
 def quantized(n: int, k: int, scheme: Scheme) -> int:
     """Bytes of a linear of N rows and K features in canonical packed form."""
     groups = scheme.groups(k)
-    if scheme.format == "int4":
-        return n * (-(-k // 2) + 3 * groups)
-    return n * (k + 2 * groups)
+    form = FORMATS[scheme.format]
+    return n * (-(-k * form.bits // 8) + (2 if form.symmetric else 3) * groups)
 
 
 def linears(skeleton: Any) -> list[tuple[str, nn.Module, int, int]]:

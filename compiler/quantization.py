@@ -6,14 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from smelt.passes.base import Pass
-from smelt.passes.quantize import AwqOptions, QuantizeAwq, QuantizeRtn, RtnOptions
+from smelt.passes.quantize import (
+    AwqOptions,
+    GptqOptions,
+    QuantizeAwq,
+    QuantizeGptq,
+    QuantizeRtn,
+    RtnOptions,
+)
 from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import UserError
 
 from .manager import Progress, Stage
 from .options import CompileOptions
 
-METHODS: dict[str, type[Pass]] = {"rtn": QuantizeRtn, "awq": QuantizeAwq}
+METHODS: dict[str, type[Pass]] = {
+    "rtn": QuantizeRtn,
+    "awq": QuantizeAwq,
+    "gptq": QuantizeGptq,
+}
+_CALIBRATED: dict[str, type[AwqOptions] | type[GptqOptions]] = {
+    "awq": AwqOptions,
+    "gptq": GptqOptions,
+}
 
 
 def quantize_stage(
@@ -29,19 +44,20 @@ def quantize_stage(
 
     Raises UserError when calibration is needed and the text or the tokenizer is missing.
     """
-    if settings.spec.method == "none":
+    method = settings.spec.method
+    if method == "none":
         return None
-    if settings.spec.method == "rtn":
+    if not settings.spec.needs_calibration:
         return Stage(QuantizeRtn(), RtnOptions(settings.spec))
     calibration = _calibration(settings, folder, context)
 
     def calibrating(layer: str, done: int, total: int) -> None:
         progress("calibrate", done, total)
 
-    options = AwqOptions(
+    options = _CALIBRATED[method](
         settings.spec, samples=calibration.token_lists, source=source, progress=calibrating
     )
-    return Stage(QuantizeAwq(), options)
+    return Stage(METHODS[method](), options)
 
 
 def _calibration(settings: CompileOptions, folder: Path | None, context: int) -> Any:

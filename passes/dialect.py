@@ -15,15 +15,13 @@ smelt = torch.ops.smelt
 
 _TRACED = {"attention", "experts"}
 _SEMANTIC = _TRACED | {"rms_norm", "rope", "gated_activation"}
-_QUANTIZED = _SEMANTIC | {"linear_int4", "linear_int8"}
+_PACKED = {"linear_int2", "linear_int3", "linear_int4", "linear_int8"}
+_QUANTIZED = _SEMANTIC | _PACKED
 _CACHED = (_QUANTIZED - {"attention"}) | {"cached_attention"}
-_LOWERED = (_CACHED - {"linear_int4", "linear_int8"}) | {
+_LOWERED = _CACHED | {
     "linear",
-    "linear_int4",
-    "linear_int8",
     "cached_attention_reference",
-    "linear_int4_blocked",
-    "linear_int8_blocked",
+    *(f"{name}_blocked" for name in _PACKED),
 }
 
 ALLOWED: dict[Dialect, set[str]] = {

@@ -12,14 +12,14 @@ from torch import fx
 from smelt.runtime.errors import UserError
 from smelt.runtime.ops.gated_activation import gated_activation
 from smelt.runtime.ops.linear import (
-    block_int4,
-    block_int8,
+    GROUPED_BITS,
+    linear_int2,
+    linear_int3,
     linear_int4,
     linear_int8,
-    unblock_int4,
-    unblock_int8,
 )
 from smelt.runtime.ops.norm import rms_norm
+from smelt.runtime.ops.packing import block, block_int8, unblock, unblock_int8
 from smelt.runtime.ops.rope import rope
 
 from .base import Close, Pass, PassResult
@@ -36,10 +36,14 @@ INLINED: dict[str, Callable[..., Any]] = {
     "gated_activation": gated_activation,
 }
 INLINED_LINEARS: dict[str, Callable[..., Any]] = {
+    "linear_int2": linear_int2,
+    "linear_int3": linear_int3,
     "linear_int4": linear_int4,
     "linear_int8": linear_int8,
 }
 
+
+Layout = Callable[..., tuple[torch.Tensor, ...]]
 
 # What may compute an operator, by its name.
 PROVIDERS: dict[str, tuple[str, ...]] = {
@@ -51,11 +55,22 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
 }
 
 
-@operation("block_int4")
-def _block_int4(
-    qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, n: int, k: int
-) -> tuple[torch.Tensor, ...]:
-    return block_int4(qweight, scales, zeros, k)
+def _block(bits: int) -> Layout:
+    def apply(
+        qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, n: int, k: int
+    ) -> tuple[torch.Tensor, ...]:
+        return block(qweight, scales, zeros, bits, k)
+
+    return operation(f"block_int{bits}")(apply)
+
+
+def _unblock(bits: int) -> Layout:
+    def apply(
+        packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, n: int, k: int
+    ) -> tuple[torch.Tensor, ...]:
+        return unblock(packed, scales, zeros, bits, n, k)
+
+    return apply
 
 
 @operation("block_int8")
@@ -65,12 +80,6 @@ def _block_int8(
     return block_int8(qweight, scales)
 
 
-def _unblock_int4(
-    packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, n: int, k: int
-) -> tuple[torch.Tensor, ...]:
-    return unblock_int4(packed, scales, zeros, n, k)
-
-
 def _unblock_int8(
     packed: torch.Tensor, scales: torch.Tensor, *, n: int, k: int
 ) -> tuple[torch.Tensor, ...]:
@@ -78,10 +87,10 @@ def _unblock_int8(
 
 
 # From a provider's layout back to the canonical form, by the name of the layout step.
-INVERSES: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
-    "block_int4": _unblock_int4,
-    "block_int8": _unblock_int8,
-}
+INVERSES: dict[str, Layout] = {"block_int8": _unblock_int8}
+for _bits in GROUPED_BITS:
+    _block(_bits)
+    INVERSES[f"block_int{_bits}"] = _unblock(_bits)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ _ROWWISE = {
     aten.tanh.default,
     aten.layer_norm.default,
     torch.ops.smelt.rms_norm.default,
+    torch.ops.smelt.linear_int2.default,
+    torch.ops.smelt.linear_int3.default,
     torch.ops.smelt.linear_int4.default,
     torch.ops.smelt.linear_int8.default,
 }

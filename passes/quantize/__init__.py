@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from .awq import AwqOptions, QuantizeAwq
+from .gptq import GptqOptions, QuantizeGptq
 from .rtn import QuantizeRtn, RtnOptions
 from .spec import QuantSpec, Scheme
 
-__all__ = ["AwqOptions", "QuantSpec", "QuantizeAwq", "QuantizeRtn", "RtnOptions", "Scheme"]
+__all__ = [
+    "AwqOptions",
+    "GptqOptions",
+    "QuantSpec",
+    "QuantizeAwq",
+    "QuantizeGptq",
+    "QuantizeRtn",
+    "RtnOptions",
+    "Scheme",
+]

@@ -19,7 +19,7 @@ from .formats import check_finite, fake_quantize
 from .groups import Group, find_groups
 from .linears import Linear, find_linears, to_quantized
 from .spec import QuantSpec
-from .verdict import Verdict, group_note, group_size, left_alone, left_experts, parameters, summary
+from .verdict import Verdict, group_note, group_size, rewrite_each
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class QuantizeAwq(Pass):
     """
 
     name = "quantize-awq"
-    summary = "activation-aware int4: scales folded into producers, clipping, packed weights"
+    summary = "activation-aware int4 or int3: scales folded into producers, then clipping"
     requires = Dialect.SEMANTIC
     produces = Dialect.QUANTIZED
     numerics = Lossy()
@@ -85,7 +85,6 @@ class QuantizeAwq(Pass):
             raise UserError("awq needs calibration text and the checkpoint; use rtn without them")
         linears = find_linears(program, options.spec)
         groups = find_groups(program, linears)
-        weights = parameters(program)
         choices: dict[str, _Choice] = {}
 
         def choose(
@@ -106,27 +105,23 @@ class QuantizeAwq(Pass):
         scales = {g.linears[0].weight: choices[g.linears[0].weight].scale for g in groups}
         applied = fold(program, [(g, scales[g.linears[0].weight]) for g in groups])
         reasons = {linear.node: g.reason for g in groups for linear in g.linears}
-        result = PassResult()
-        for linear in linears:
-            count = max(1, len(linear.sources))
-            result.matched += count
-            if linear.reason is not None:
-                result.decline(linear.node, linear.reason)
-                result.notes.append(left_alone(linear).to_json())
-                continue
+        declined: list[tuple[Linear, str]] = []
+
+        def rewrite(linear: Linear) -> Verdict:
             choice = choices[linear.weight]
             clip = None
             if choice.clip.any():
                 clip = program.weights.put(f"{linear.weight}.clip", choice.clip)
-            if reasons[linear.node] is not None:
-                result.decline(linear.node, f"no scale folded: {reasons[linear.node]}")
-            result.notes.append(_verdict(linear, choice, reasons[linear.node]).to_json())
+            reason = reasons[linear.node]
+            if reason is not None:
+                declined.append((linear, f"no scale folded: {reason}"))
             names = applied.get(linear.weight, {})
             to_quantized(program, linear, names.get("columns"), names.get("rows"), clip)
-            result.rewritten += count
-        left_experts(program, result)
-        result.notes.append(summary(linears, weights))
-        program.clean()
+            return _verdict(linear, choice, reason)
+
+        result = rewrite_each(program, linears, rewrite)
+        for linear, reason in declined:
+            result.decline(linear.node, reason)
         return result
 
 

@@ -47,7 +47,10 @@ class Statistics:
     kept: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, k: int, groups: int) -> Statistics:
+    def empty(cls, k: int, groups: int, whole: bool = False) -> Statistics:
+        """whole: keep the products of all features with each other, as one group however wide."""
+        if whole:
+            return cls(torch.zeros(k, dtype=torch.float64), torch.zeros(k), torch.zeros(1, k, k))
         width = k // groups
         gram = torch.zeros(groups, width, width) if width <= MAX_GRAM else None
         return cls(torch.zeros(k, dtype=torch.float64), torch.zeros(k), gram)
@@ -83,12 +86,14 @@ def calibrate(
     max_rows: int = 512,
     seed: int = 0,
     progress: Progress | None = None,
+    whole_gram: bool = False,
 ) -> None:
     """Run `samples` (token ids) through the program and call `choose` at every group, in order.
 
     choose(group, weights [N, K] of its linears, statistics) returns the weights their linears go on
-    with. Samples are cut at the model's context. Deterministic for given samples and seed. Raises
-    SmeltError naming the group for activations that are NaN or infinite.
+    with. whole_gram: the statistics hold the products of all features, [1, K, K]. Samples are cut
+    at the model's context. Deterministic for given samples and seed. Raises SmeltError naming the
+    group for activations that are NaN or infinite.
     """
     limit = program.facts.max_position
     samples = [sample[:limit] for sample in samples]
@@ -98,7 +103,7 @@ def calibrate(
         run.advance(nodes)
         if progress is not None:
             progress(group.name, i, len(groups))
-        statistics = run.observe(group, keep)
+        statistics = run.observe(group, keep, whole_gram)
         weights = run.weights(group)
         run.chosen.update(
             (linear.node, weight)
@@ -204,9 +209,9 @@ class _Run:
                 *fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value)
             )
 
-    def observe(self, group: Group, keep: Sequence[torch.Tensor]) -> Statistics:
+    def observe(self, group: Group, keep: Sequence[torch.Tensor], whole: bool) -> Statistics:
         first = group.linears[0]
-        statistics = Statistics.empty(first.k, first.scheme.groups(first.k))
+        statistics = Statistics.empty(first.k, first.scheme.groups(first.k), whole)
         source = group.linears[0].node.args[0]
         for values, rows in zip(self.live, keep, strict=True):
             statistics.update(values[source], rows)  # type: ignore[index]

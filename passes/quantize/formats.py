@@ -1,11 +1,12 @@
 """The arithmetic of the formats, and the weight-plan steps that apply it.
 
-int4   asymmetric, per row and group of K: scale = (max - min) / 15, rounded to bfloat16 *before*
-       anything is divided by it (the value the kernel multiplies with), zero = round(-min / scale)
-       in 0..15; min and max include 0, so that a zero weight stays zero.
-int8   symmetric: scale = max|w| / 127, rounded to bfloat16 likewise; q in -127..127.
+int4, int3, int2   asymmetric, per row and group of K: scale = (max - min) / (2^bits - 1), rounded
+                   to bfloat16 *before* anything is divided by it (the value the kernel multiplies
+                   with), zero = round(-min / scale) in 0 .. 2^bits - 1; min and max include 0, so
+                   that a zero weight stays zero.
+int8               symmetric: scale = max|w| / 127, rounded to bfloat16 likewise; q in -127..127.
 
-The packed layout is the canonical one of `runtime/ops/linear.py`. Clipping shrinks a group's range
+The packed layout is the canonical one of `runtime/ops/packing.py`. Clipping shrinks a group's range
 by 1 - step / CLIP_STEPS; steps are stored as bytes.
 """
 
@@ -17,9 +18,10 @@ import torch
 
 from smelt.passes.weights import operation
 from smelt.runtime.errors import SmeltError
-from smelt.runtime.ops.linear import pack_int4
+from smelt.runtime.ops.linear import GROUPED_BITS
+from smelt.runtime.ops.packing import pack
 
-from .spec import Scheme
+from .spec import FORMATS, Scheme
 
 CLIP_STEPS = 20
 
@@ -49,18 +51,29 @@ def _usable(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def quantize_int4(weight: torch.Tensor, groups: int, clip: torch.Tensor | None = None) -> Quantized:
-    """weight [N, K] -> asymmetric int4 with `groups` scales a row. clip: uint8 [N, groups]."""
+def grid(
+    weight: torch.Tensor, groups: int, bits: int, clip: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales bfloat16 and zeros float32, both [N, groups], of an asymmetric format."""
     w = weight.float().unflatten(1, (groups, -1))
     shrink = _shrink(clip)
     low = w.amin(-1).clamp(max=0) * shrink
     high = w.amax(-1).clamp(min=0) * shrink
     # Divided one by one: the difference of two large values may not fit float32.
-    scales = _usable(high / 15 - low / 15)
-    wide = scales.float()
-    zeros = torch.round(-low / wide).clamp(0, 15)
-    q = (torch.round(w / wide[..., None]) + zeros[..., None]).clamp(0, 15)
-    return Quantized(q.to(torch.uint8).flatten(1), scales, zeros.to(torch.uint8))
+    top = 2**bits - 1
+    scales = _usable(high / top - low / top)
+    return scales, torch.round(-low / scales.float()).clamp(0, top)
+
+
+def quantize_grouped(
+    weight: torch.Tensor, groups: int, bits: int, clip: torch.Tensor | None = None
+) -> Quantized:
+    """weight [N, K] -> asymmetric, with `groups` scales a row. clip: uint8 [N, groups]."""
+    scales, zeros = grid(weight, groups, bits, clip)
+    w = weight.float().unflatten(1, (groups, -1))
+    q = torch.round(w / scales.float()[..., None]) + zeros[..., None]
+    q = q.clamp(0, 2**bits - 1).to(torch.uint8)
+    return Quantized(q.flatten(1), scales, zeros.to(torch.uint8))
 
 
 def quantize_int8(weight: torch.Tensor, groups: int, clip: torch.Tensor | None = None) -> Quantized:
@@ -74,7 +87,10 @@ def quantize_int8(weight: torch.Tensor, groups: int, clip: torch.Tensor | None =
 def quantize(weight: torch.Tensor, scheme: Scheme, clip: torch.Tensor | None = None) -> Quantized:
     """weight [N, K] in the scheme's format; one group a row where its size does not divide K."""
     groups = scheme.groups(weight.shape[1])
-    return (quantize_int4 if scheme.format == "int4" else quantize_int8)(weight, groups, clip)
+    form = FORMATS[scheme.format]
+    if form.symmetric:
+        return quantize_int8(weight, groups, clip)
+    return quantize_grouped(weight, groups, form.bits, clip)
 
 
 def fake_quantize(
@@ -115,15 +131,20 @@ def _prepared(
     return wide, given.get("clip")
 
 
-@operation("quantize_int4")
-def _quantize_int4(
-    weight: torch.Tensor, *extras: torch.Tensor, groups: int, kinds: list[str], layer: str
-) -> tuple[torch.Tensor, ...]:
-    """weight [N, K], extras as in `_prepared` -> qweight uint8 [N, ceil(K/2)], scales, zeros."""
-    wide, clip = _prepared(weight, extras, kinds, layer)
-    result = quantize_int4(wide, groups, clip)
-    assert result.zeros is not None
-    return pack_int4(result.q), result.scales, result.zeros
+def _quantize_operation(bits: int) -> None:
+    @operation(f"quantize_int{bits}")
+    def _quantize(
+        weight: torch.Tensor, *extras: torch.Tensor, groups: int, kinds: list[str], layer: str
+    ) -> tuple[torch.Tensor, ...]:
+        """weight [N, K] and the extras of `_prepared` -> canonical qweight, scales, zeros."""
+        wide, clip = _prepared(weight, extras, kinds, layer)
+        result = quantize_grouped(wide, groups, bits, clip)
+        assert result.zeros is not None
+        return pack(result.q, bits), result.scales, result.zeros
+
+
+for _bits in GROUPED_BITS:
+    _quantize_operation(_bits)
 
 
 @operation("quantize_int8")

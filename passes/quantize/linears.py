@@ -6,7 +6,7 @@ another weight is the head, the one that reaches an expert layer's choice of exp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from smelt.passes.program import Program, module_path
 from smelt.passes.rewrite import is_call
 
 from . import formats as _formats  # noqa: F401 - registers the plan operations
-from .spec import QuantSpec, Scheme
+from .spec import FORMATS, QuantSpec, Scheme
 
 aten = torch.ops.aten
 smelt = torch.ops.smelt
@@ -138,9 +138,7 @@ def to_quantized(
     """
     extras = [(kind, name) for kind, name in (("columns", columns), ("rows", rows), ("clip", clip))]
     given = [(kind, name) for kind, name in extras if name is not None]
-    fields = (
-        ("qweight", "scales", "zeros") if linear.scheme.format == "int4" else ("qweight", "scales")
-    )
+    fields = ["qweight", "scales"] + ([] if FORMATS[linear.scheme.format].symmetric else ["zeros"])
     names = program.weights.add(
         f"quantize_{linear.scheme.format}",
         [f"{linear.weight}.{field}" for field in fields],
@@ -149,11 +147,16 @@ def to_quantized(
         kinds=[kind for kind, _ in given],
         layer=linear.layer,
     )
-    target = {"int4": smelt.linear_int4.default, "int8": smelt.linear_int8.default}
+    return replace_linear(program, linear, names)
+
+
+def replace_linear(program: Program, linear: Linear, names: Sequence[str]) -> fx.Node:
+    """Replace `linear` by the operator of its format over the planned weights `names`."""
+    target = getattr(smelt, f"linear_{linear.scheme.format}").default
     packed = [program.weight(name) for name in names]
     with program.graph.inserting_before(linear.node):
         node = program.call(
-            target[linear.scheme.format],
+            target,
             (linear.node.args[0], *packed, linear.bias),
             like=linear.node,
         )

@@ -8,9 +8,9 @@ from typing import Any
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
 
-from .linears import find_linears, to_quantized
+from .linears import Linear, find_linears, to_quantized
 from .spec import QuantSpec
-from .verdict import Verdict, group_note, group_size, left_alone, left_experts, parameters, summary
+from .verdict import Verdict, group_note, group_size, rewrite_each
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class QuantizeRtn(Pass):
 
     After::
 
-        y = smelt::linear_int4(x, qweight, scales, zeros, bias)      # or linear_int8
+        y = smelt::linear_int4(x, qweight, scales, zeros, bias)      # or int3, int2, int8
 
     and the weight plan makes qweight, scales and zeros from the weight in one quantize step.
 
@@ -43,7 +43,7 @@ class QuantizeRtn(Pass):
     """
 
     name = "quantize-rtn"
-    summary = "round linear weights to int4 or int8"
+    summary = "round linear weights to int4, int3, int2 or int8"
     requires = Dialect.SEMANTIC
     produces = Dialect.QUANTIZED
     numerics = Lossy()
@@ -54,19 +54,9 @@ class QuantizeRtn(Pass):
         return program.facts.module_counts.get("linear")
 
     def run(self, program: Program, options: RtnOptions) -> PassResult:
-        spec = options.spec
-        linears = find_linears(program, spec)
-        weights = parameters(program)
-        result = PassResult()
-        for linear in linears:
-            result.matched += max(1, len(linear.sources))
-            if linear.reason is not None:
-                result.decline(linear.node, linear.reason)
-                result.notes.append(left_alone(linear).to_json())
-                continue
+        def rewrite(linear: Linear) -> Verdict:
             to_quantized(program, linear)
-            result.rewritten += max(1, len(linear.sources))
-            verdict = Verdict(
+            return Verdict(
                 linear.layer,
                 "rtn",
                 linear.scheme.format,
@@ -74,8 +64,5 @@ class QuantizeRtn(Pass):
                 linear.parameters,
                 reason=group_note(linear),
             )
-            result.notes.append(verdict.to_json())
-        left_experts(program, result)
-        result.notes.append(summary(linears, weights))
-        program.clean()
-        return result
+
+        return rewrite_each(program, find_linears(program, options.spec), rewrite)

@@ -27,18 +27,21 @@ class Format:
 
 FORMATS = {
     "int4": Format(bits=4, symmetric=False, group=128),
+    "int3": Format(bits=3, symmetric=False, group=128),
+    "int2": Format(bits=2, symmetric=False, group=128),
     "int8": Format(bits=8, symmetric=True, group=0),
 }
 
-# Formats of each method. AWQ finds nothing at 8 bits: rounding there is below what it can search.
+# Formats of each method. What searches finds nothing at 8 bits, where rounding loses less than it
+# could win back, and at 2 bits neither scales nor error compensation save a layer.
 METHODS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "rtn": ("int4", "int8"),
-    "awq": ("int4",),
+    "rtn": ("int4", "int8", "int3", "int2"),
+    "awq": ("int4", "int3"),
+    "gptq": ("int4", "int3"),
 }
-_NEEDS_TEXT = {"awq"}
+_NEEDS_TEXT = {"awq", "gptq"}
 _NOT_YET = {
-    "gptq": "awq",
     "smoothquant": "rtn with format int8",
     "fp8": "rtn with format int8",
     "mixed": "awq",
@@ -66,10 +69,11 @@ class Scheme:
 class QuantSpec:
     """method x format, and what stays at 16 bits.
 
-    method: none, rtn, awq. format: int4 (asymmetric, groups along K), int8 (symmetric, one scale a
-    row, groups on request). group_size: None is the format's own, 0 or -1 the whole row. keep: the
-    roles that are left alone: "lm_head" (the linear that gives the logits) and "router" (the one
-    that chooses experts). min_features: a linear with fewer rows or columns is left alone.
+    method: none, rtn, awq, gptq. format: int4, int3, int2 (asymmetric, groups along K), int8
+    (symmetric, one scale a row, groups on request). group_size: None is the format's own, 0 or -1
+    the whole row. keep: the roles that are left alone: "lm_head" (the linear that gives the logits)
+    and "router" (the one that chooses experts). min_features: a linear with fewer rows or columns
+    is left alone.
 
     Raises UserError for what does not work, naming what does.
     """
@@ -171,9 +175,14 @@ def _check_method(method: str, format: str) -> None:
     if format not in FORMATS:
         raise UserError(f"no weight format {format!r}; {', '.join(FORMATS)} exist")
     if method != "none" and format not in METHODS[method]:
+        why = (
+            f"at {format} plain rounding loses less than {method} could win back"
+            if FORMATS[format].bits >= 8
+            else f"{format} costs more than {method} can win back"
+        )
         raise UserError(
-            f"{method} works with {', '.join(METHODS[method])}, not {format}: at {format} plain "
-            f"rounding loses less than {method} could win back; use rtn with {format}"
+            f"{method} works with {', '.join(METHODS[method])}, not {format}: {why}; use rtn with "
+            f"{format}, or {method} with {METHODS[method][-1]}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,6 +54,27 @@ def left_experts(program: Program, result: PassResult) -> None:
     """Record the expert layers, whose weights no method here quantizes yet."""
     for node in program.calls(torch.ops.smelt.experts.default):
         result.decline(node, EXPERTS)
+
+
+def rewrite_each(
+    program: Program, linears: Sequence[Linear], rewrite: Callable[[Linear], Verdict]
+) -> PassResult:
+    """Call `rewrite` on every linear that is quantized; the result with everybody's verdicts."""
+    weights = parameters(program)
+    result = PassResult()
+    for linear in linears:
+        count = max(1, len(linear.sources))
+        result.matched += count
+        if linear.reason is not None:
+            result.decline(linear.node, linear.reason)
+            result.notes.append(left_alone(linear).to_json())
+            continue
+        result.notes.append(rewrite(linear).to_json())
+        result.rewritten += count
+    left_experts(program, result)
+    result.notes.append(summary(linears, weights))
+    program.clean()
+    return result
 
 
 def group_note(linear: Linear) -> str | None:

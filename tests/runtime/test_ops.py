@@ -10,15 +10,16 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from smelt.runtime.ops.gated_activation import ACTIVATIONS, activate
-from smelt.runtime.ops.linear import (
-    block_int4,
+from smelt.runtime.ops.linear import GROUPED_BITS
+from smelt.runtime.ops.packing import (
+    block,
     block_int8,
-    dequantize_int4,
+    dequantize,
     dequantize_int8,
-    pack_int4,
-    unblock_int4,
+    pack,
+    unblock,
     unblock_int8,
-    unpack_int4,
+    unpack,
 )
 
 smelt = torch.ops.smelt
@@ -211,38 +212,41 @@ def test_experts_equal_every_token_by_itself() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("bits", GROUPED_BITS)
 @pytest.mark.parametrize(("n", "k", "group"), [(16, 32, 8), (20, 24, 24), (7, 40, 8), (33, 6, 6)])
-def test_quantized_layouts_go_there_and_back(n: int, k: int, group: int) -> None:
-    q4 = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-    q8 = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+def test_grouped_layouts_go_there_and_back(n: int, k: int, group: int, bits: int) -> None:
+    q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
     scales = torch.rand(n, k // group).bfloat16()
-    zeros = torch.randint(0, 16, (n, k // group), dtype=torch.uint8)
-    packed = pack_int4(q4)
-    assert torch.equal(unpack_int4(packed, k), q4)
-    back = unblock_int4(*block_int4(packed, scales, zeros, k), n, k)
+    zeros = torch.randint(0, 2**bits, (n, k // group), dtype=torch.uint8)
+    packed = pack(q, bits)
+    assert torch.equal(unpack(packed, bits, k), q)
+    blocked = block(packed, scales, zeros, bits, k)
+    back = unblock(*blocked, bits, n, k)
     assert all(map(torch.equal, back, (packed, scales, zeros)))
-    assert all(map(torch.equal, unblock_int8(*block_int8(q8, scales), n), (q8, scales)))
 
     wide = scales.float().repeat_interleave(group, 1)
-    w4 = (q4.float() - zeros.float().repeat_interleave(group, 1)) * wide
-    w8 = q8.float() * wide
-    torch.testing.assert_close(dequantize_int4(packed, scales, zeros, k), w4)
-    torch.testing.assert_close(dequantize_int8(q8, scales), w8)
-
+    weight = (q.float() - zeros.float().repeat_interleave(group, 1)) * wide
+    torch.testing.assert_close(dequantize(packed, scales, zeros, bits, k), weight)
     x, bias = torch.randn(3, k), torch.randn(n)
-    for weight, found in (
-        (w4, smelt.linear_int4(x, packed, scales, zeros, bias)),
-        (w4, smelt.linear_int4_blocked(x, *block_int4(packed, scales, zeros, k), bias, n)),
-        (w8, smelt.linear_int8(x, q8, scales, bias)),
-        (w8, smelt.linear_int8_blocked(x, *block_int8(q8, scales), bias, n)),
-    ):
+    canonical = getattr(smelt, f"linear_int{bits}")(x, packed, scales, zeros, bias)
+    kernel = getattr(smelt, f"linear_int{bits}_blocked")(x, *blocked, bias, n)
+    for found in (canonical, kernel):
         torch.testing.assert_close(found, F.linear(x, weight, bias), atol=1e-3, rtol=1e-3)
 
 
-def test_odd_numbers_of_features_are_padded() -> None:
-    q = torch.randint(0, 16, (3, 5), dtype=torch.uint8)
-    assert pack_int4(q).shape == (3, 3)
-    assert torch.equal(unpack_int4(pack_int4(q), 5), q)
+@pytest.mark.parametrize(("n", "k", "group"), [(16, 32, 8), (20, 24, 24), (33, 6, 6)])
+def test_int8_layouts_go_there_and_back(n: int, k: int, group: int) -> None:
+    q = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    scales = torch.rand(n, k // group).bfloat16()
+    assert all(map(torch.equal, unblock_int8(*block_int8(q, scales), n), (q, scales)))
+    weight = q.float() * scales.float().repeat_interleave(group, 1)
+    torch.testing.assert_close(dequantize_int8(q, scales), weight)
+    x, bias = torch.randn(3, k), torch.randn(n)
+    for found in (
+        smelt.linear_int8(x, q, scales, bias),
+        smelt.linear_int8_blocked(x, *block_int8(q, scales), bias, n),
+    ):
+        torch.testing.assert_close(found, F.linear(x, weight, bias), atol=1e-3, rtol=1e-3)
 
 
 def samples() -> dict[str, tuple[Any, ...]]:
@@ -272,8 +276,12 @@ def samples() -> dict[str, tuple[Any, ...]]:
         ),
         "linear": (x, torch.randn(20, 16, dtype=torch.bfloat16), None),
         "linear_int4": (x, q4, scales, zeros, None),
+        "linear_int3": (x, q4[:, :6], scales, zeros, None),
+        "linear_int2": (x, q4[:, :4], scales, zeros, None),
         "linear_int8": (x, q8, scales, None),
-        "linear_int4_blocked": (x, *block_int4(q4, scales, zeros, 16), None, 20),
+        "linear_int4_blocked": (x, *block(q4, scales, zeros, 4, 16), None, 20),
+        "linear_int3_blocked": (x, *block(q4[:, :6], scales, zeros, 3, 16), None, 20),
+        "linear_int2_blocked": (x, *block(q4[:, :4], scales, zeros, 2, 16), None, 20),
         "linear_int8_blocked": (x, *block_int8(q8, scales), None, 20),
     }
 

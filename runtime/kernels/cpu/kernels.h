@@ -22,7 +22,7 @@ struct Dense {
   int64_t m, n, k;
 };
 
-// The same with a weight of 4 or 8 bits in the blocked layout (runtime/ops/linear.py).
+// The same with a weight of 2, 3, 4 or 8 bits in the blocked layout (runtime/ops/packing.py).
 struct Quantized {
   Type type;  // of x, bias and out
   int bits;

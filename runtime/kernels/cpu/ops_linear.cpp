@@ -1,4 +1,4 @@
-// smelt::linear, linear_int4_blocked and linear_int8_blocked on the CPU.
+// smelt::linear and the blocked quantized linears on the CPU.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -93,6 +93,20 @@ Tensor many_rows(const Kernels& run, Quantized q, const Tensor& x, const Optiona
   return out.view(output_of(x, q.n).sizes());
 }
 
+// Elements of packed weight for sixteen rows, over sixteen (runtime/ops/packing.py).
+int64_t words_of(int bits, int64_t k) {
+  switch (bits) {
+    case 2:
+      return (k + 15) / 16;
+    case 3:
+      return 3 * ((k + 31) / 32);
+    case 4:
+      return (k + 7) / 8;
+    default:
+      return k;
+  }
+}
+
 Tensor quantized(Quantized q, const Tensor& x, const Tensor& packed, const Tensor& scales,
                  const OptionalTensor& zeros, const OptionalTensor& bias) {
   const auto type = type_of(x.scalar_type());
@@ -100,10 +114,10 @@ Tensor quantized(Quantized q, const Tensor& x, const Tensor& packed, const Tenso
   q.type = *type;
   q.k = x.size(-1);
   q.m = rows_of(x, q.k);
-  const int64_t words = q.bits == 4 ? (q.k + 7) / 8 : q.k, blocks = (q.n + kLanes - 1) / kLanes;
+  const int64_t words = words_of(q.bits, q.k), blocks = (q.n + kLanes - 1) / kLanes;
   TORCH_CHECK(packed.dim() == 3 && packed.size(0) == blocks && packed.size(1) == words &&
                   packed.size(2) == kLanes && packed.is_contiguous() &&
-                  packed.scalar_type() == (q.bits == 4 ? at::kInt : at::kChar),
+                  packed.scalar_type() == (q.bits < 8 ? at::kInt : at::kChar),
               "smelt: packed weight ", packed.sizes(), " does not hold ", q.n, " x ", q.k);
   TORCH_CHECK(scales.dim() == 3 && scales.size(0) == blocks && scales.size(2) == kLanes &&
                   scales.is_contiguous() && scales.scalar_type() == at::kBFloat16 &&
@@ -131,17 +145,18 @@ Tensor quantized(Quantized q, const Tensor& x, const Tensor& packed, const Tenso
     for_pieces(q.m, 1, q.k * size,
                [&](int64_t first, int64_t last) { run.quantized_prepare(q, first, last); });
     // A piece's cost grows with the rows that share it.
-    const int64_t cost = words * kLanes * (q.bits == 4 ? 4 : 1) * ((q.m + 3) / 4);
+    const int64_t cost = words * kLanes * packed.element_size() * ((q.m + 3) / 4);
     for_pieces(blocks, 4, cost,
                [&](int64_t first, int64_t last) { run.quantized(q, first, last); });
   }
   return out;
 }
 
-Tensor linear_int4_blocked(const Tensor& x, const Tensor& packed, const Tensor& scales,
-                           const Tensor& zeros, const OptionalTensor& bias, int64_t n) {
+template <int Bits>
+Tensor linear_grouped_blocked(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                              const Tensor& zeros, const OptionalTensor& bias, int64_t n) {
   Quantized q{};
-  q.bits = 4;
+  q.bits = Bits;
   q.n = n;
   return quantized(q, x, packed, scales, zeros, bias);
 }
@@ -158,7 +173,9 @@ Tensor linear_int8_blocked(const Tensor& x, const Tensor& packed, const Tensor& 
 
 TORCH_LIBRARY_IMPL(smelt, CPU, m) {
   m.impl("linear", linear);
-  m.impl("linear_int4_blocked", linear_int4_blocked);
+  m.impl("linear_int2_blocked", linear_grouped_blocked<2>);
+  m.impl("linear_int3_blocked", linear_grouped_blocked<3>);
+  m.impl("linear_int4_blocked", linear_grouped_blocked<4>);
   m.impl("linear_int8_blocked", linear_int8_blocked);
 }
 

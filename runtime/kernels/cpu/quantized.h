@@ -1,44 +1,17 @@
-// Few rows of x times a weight of 4 or 8 bits in the blocked layout: sixteen output rows a vector.
+// Few rows of x times a weight of 2, 3, 4 or 8 bits in the blocked layout: sixteen output rows a
+// vector.
 //
 // Within a group of features the sum runs over integers, and the scale is applied once:
-// out += scale * (sum (q - 8) x - (zero - 8) sum x). As in dense.h a sum's order depends on
-// nothing but k and the group size.
-
-#if defined(SMELT_AVX512)
-constexpr int kColumns = 4;  // rows of x in one register tile
-#else
-constexpr int kColumns = 2;
-#endif
+// out += scale * (sum (q - half) x - (zero - half) sum x), half the middle of the range. As in
+// dense.h a sum's order depends on nothing but k and the group size.
 
 inline V load_scales(const Quantized& q, int64_t block, int64_t group) {
   return load((const bf16*)q.scales + (block * q.groups + group) * kLanes);
 }
 inline V load_zeros(const Quantized& q, int64_t block, int64_t group) {
-  return sub(load(q.zeros + (block * q.groups + group) * kLanes), set1(8.0f));
+  const V half = set1((float)(1 << (q.bits - 1)));
+  return sub(load(q.zeros + (block * q.groups + group) * kLanes), half);
 }
-
-// Sixteen rows' next features times x. Step: features at once.
-struct Int8 {
-  static constexpr int64_t kStep = 1, kBytes = 16, kM = kColumns;
-  using X = float;
-  V w;
-  inline void load_weight(const void* p) { w = load((const int8_t*)p); }
-  inline V add_to(V sum, const X* x) const { return fma(w, set1(*x), sum); }
-};
-
-struct Int4 {
-  static constexpr int64_t kStep = 8, kBytes = 64, kM = kColumns;
-  using X = float;
-  V w[8];
-  inline void load_weight(const void* p) {
-    Nibbles n = load_nibbles((const int32_t*)p);
-    for (int j = 0; j < 8; j++) w[j] = nibble(n, j);
-  }
-  inline V add_to(V sum, const X* x) const {
-    for (int j = 0; j < 8; j++) sum = fma(w[j], set1(x[j]), sum);
-    return sum;
-  }
-};
 
 template <class T, class W>
 inline void pack_features(const T* x, typename W::X* to, int64_t k) {
@@ -47,60 +20,36 @@ inline void pack_features(const T* x, typename W::X* to, int64_t k) {
 }
 
 #if defined(SMELT_AVX512_BF16)
-// x in bfloat16 multiplies pairs: the nibbles of one 32-bit word, four bits of each half at a time,
-// become a pair of bfloat16 by one table look-up (exact: -8..7), products are summed in float32.
-struct Int4Pairs {
-  static constexpr int64_t kStep = 8, kBytes = 64, kM = kColumns;
-  using X = bf16;  // eight features as the pairs (0, 4) (1, 5) (2, 6) (3, 7)
-  __m512i w[4];
-  inline void load_weight(const void* p) {
-    // permutexvar on 16-bit lanes reads five bits of an index: the table is there twice.
-    const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-        (short)0xc100, (short)0xc0e0, (short)0xc0c0, (short)0xc0a0, (short)0xc080, (short)0xc040,
-        (short)0xc000, (short)0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
-    __m512i n = _mm512_loadu_si512(p);
-    for (int j = 0; j < 4; j++)
-      w[j] = _mm512_permutexvar_epi16(_mm512_srli_epi32(n, 4 * j), table);
-  }
-  inline V add_to(V sum, const X* x) const {
-    for (int j = 0; j < 4; j++) {
-      int pair;
-      __builtin_memcpy(&pair, x + 2 * j, 4);
-      sum.v = _mm512_dpbf16_ps(sum.v, (__m512bh)w[j], (__m512bh)_mm512_set1_epi32(pair));
-    }
-    return sum;
-  }
-};
-
-// Two features of 8 bits as a pair: integers up to 127 are exact in bfloat16, so the upper halves
-// of their floats hold them whole.
-struct Int8Pairs {
-  static constexpr int64_t kStep = 2, kBytes = 32, kM = 8;
-  using X = bf16;
-  __m512i w;
-  inline void load_weight(const void* p) {
-    const V a = load((const int8_t*)p), b = load((const int8_t*)p + 16);
-    w = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16), _mm512_castps_si512(b.v));
-  }
-  inline V add_to(V sum, const X* x) const {
-    int pair;
-    __builtin_memcpy(&pair, x, 4);
-    return {_mm512_dpbf16_ps(sum.v, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair))};
-  }
-};
-
 inline bool in_pairs(const Quantized& q) {
-  return q.type == Type::BF16 && (q.bits == 4 || q.k / q.groups % 2 == 0);
+  return q.type == Type::BF16 && (q.bits < 8 || q.k / q.groups % 2 == 0);
 }
 
-inline void pack_pairs(const bf16* x, bf16* to, int64_t k) {
+// Features i .. i + 8, zero beyond k.
+inline __m128i features(const bf16* x, int64_t k, int64_t i) {
+  bf16 some[8] = {};
+  if (i + 8 <= k) return _mm_loadu_si128((const __m128i*)(x + i));
+  for (int64_t j = i; j < k; j++) some[j - i] = x[j];
+  return _mm_loadu_si128((const __m128i*)some);
+}
+
+// The pairs of Int4Pairs.
+inline void pack_eights(const bf16* x, bf16* to, int64_t k) {
   for (int64_t i = 0; i < k; i += 8) {
-    bf16 some[8] = {};
-    for (int64_t j = i; j < k && k - i < 8; j++) some[j - i] = x[j];
-    const __m128i v = _mm_loadu_si128((const __m128i*)(k - i < 8 ? some : x + i));
+    const __m128i v = features(x, k, i);
     _mm_storeu_si128((__m128i*)(to + i), _mm_unpacklo_epi16(v, _mm_srli_si128(v, 8)));
   }
 }
+
+// The pairs of Int2Pairs and Int3Pairs.
+inline void pack_sixteens(const bf16* x, bf16* to, int64_t k) {
+  for (int64_t i = 0; i < k; i += 16) {
+    const __m128i a = features(x, k, i), b = features(x, k, i + 8);
+    _mm_storeu_si128((__m128i*)(to + i), _mm_unpacklo_epi16(a, b));
+    _mm_storeu_si128((__m128i*)(to + i + 8), _mm_unpackhi_epi16(a, b));
+  }
+}
+#else
+inline bool in_pairs(const Quantized&) { return false; }
 #endif
 
 struct PackedX {
@@ -124,7 +73,7 @@ void prepare_rows(const Quantized& q, int64_t first, int64_t last) {
   const int64_t size = q.k / q.groups;
   for (int64_t m = first; m < last; m++) {
     const T* x = (const T*)q.x + m * q.k;
-    if (q.bits == 4) {
+    if (q.bits < 8) {
       for (int64_t g = 0; g < q.groups; g++) {
         V total = zero();
         for (int64_t i = 0; i < size; i += 16)
@@ -135,13 +84,14 @@ void prepare_rows(const Quantized& q, int64_t first, int64_t last) {
 #if defined(SMELT_AVX512_BF16)
     if (in_pairs(q)) {
       bf16* row = (bf16*)to.x + m * to.row;
-      q.bits == 4 ? pack_pairs((const bf16*)x, row, q.k)
-                  : (void)__builtin_memcpy(row, x, (std::size_t)q.k * 2);
+      if (q.bits == 8) __builtin_memcpy(row, x, (std::size_t)q.k * 2);
+      if (q.bits == 4) pack_eights((const bf16*)x, row, q.k);
+      if (q.bits < 4) pack_sixteens((const bf16*)x, row, q.k);
       continue;
     }
 #endif
     float* row = (float*)to.x + m * to.row;
-    q.bits == 4 ? pack_features<T, Int4>(x, row, q.k) : pack_features<T, Int8>(x, row, q.k);
+    q.bits == 8 ? pack_features<T, Int8>(x, row, q.k) : pack_features<T, Int4>(x, row, q.k);
   }
 }
 
@@ -155,9 +105,9 @@ void quantized_prepare(const Quantized& q, int64_t first, int64_t last) {
 template <class T, class W, int B, int M>
 inline void quantized_tile(const Quantized& q, int64_t block, int64_t m) {
   const PackedX packed = packed_x(q);
-  const int64_t steps = divide_up(q.k, W::kStep);
   const int64_t group_steps = divide_up(q.k / q.groups, W::kStep);
-  const char* w = (const char*)q.packed + block * steps * W::kBytes;
+  const int64_t block_bytes = W::bytes(q.k);
+  const char* w = (const char*)q.packed + block * block_bytes;
   const typename W::X* x = (const typename W::X*)packed.x + m * packed.row;
   const float* sums = packed.sums + m * q.groups;
   V total[B][M];
@@ -171,10 +121,10 @@ inline void quantized_tile(const Quantized& q, int64_t block, int64_t m) {
     for (int64_t s = g * group_steps; s < end; s++) {
       for (int b = 0; b < B; b++) {
         W weights;
-        const char* at = w + (b * steps + s) * W::kBytes;
+        const char* of = w + b * block_bytes;
         // The same place of the next tile: hardware prefetching loses its way at each block's end.
-        if (M <= 4) __builtin_prefetch(at + B * steps * W::kBytes, 0, 2);
-        weights.load_weight(at);
+        if (M <= 4) __builtin_prefetch(W::at(of, s) + B * block_bytes, 0, 2);
+        weights.load_weight(of, s);
         for (int c = 0; c < M; c++)
           acc[b][c] = weights.add_to(acc[b][c], x + c * packed.row + s * W::kStep);
       }
@@ -227,20 +177,37 @@ void quantized_blocks(const Quantized& q, int64_t first, int64_t last) {
 void quantized(const Quantized& q, int64_t first, int64_t last) {
 #if defined(SMELT_AVX512_BF16)
   if (in_pairs(q)) {
-    return q.bits == 4 ? quantized_blocks<bf16, Int4Pairs>(q, first, last)
-                       : quantized_blocks<bf16, Int8Pairs>(q, first, last);
+    switch (q.bits) {
+      case 2:
+        return quantized_blocks<bf16, Int2Pairs>(q, first, last);
+      case 3:
+        return quantized_blocks<bf16, Int3Pairs>(q, first, last);
+      case 4:
+        return quantized_blocks<bf16, Int4Pairs>(q, first, last);
+      default:
+        return quantized_blocks<bf16, Int8Pairs>(q, first, last);
+    }
   }
 #endif
   with_type(q.type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    q.bits == 4 ? quantized_blocks<T, Int4>(q, first, last)
-                : quantized_blocks<T, Int8>(q, first, last);
+    switch (q.bits) {
+      case 2:
+        return quantized_blocks<T, Int2>(q, first, last);
+      case 3:
+        return quantized_blocks<T, Int3>(q, first, last);
+      case 4:
+        return quantized_blocks<T, Int4>(q, first, last);
+      default:
+        return quantized_blocks<T, Int8>(q, first, last);
+    }
   });
 }
 
 int64_t quantized_rows(const Quantized& q) {
-  // A group that ends inside a word of eight nibbles: rare, and not worth a kernel.
-  if (q.bits == 4 && q.groups > 1 && q.k / q.groups % 8 != 0) return 0;
+  // A group that ends inside a step: rare, and not worth a kernel.
+  const int64_t step = q.bits == 8 ? 1 : q.bits < 4 && in_pairs(q) ? 16 : 8;
+  if (q.groups > 1 && q.k / q.groups % step != 0) return 0;
 #if defined(SMELT_AVX512_BF16)
   // Multiplying pairs is as fast as torch's bfloat16 product however many rows there are.
   if (in_pairs(q)) return INT64_MAX;
@@ -248,25 +215,39 @@ int64_t quantized_rows(const Quantized& q) {
   return 64;
 }
 
+// One block's columns of the transposed weight.
+template <class W, class T>
+inline void dequantize_block(const Quantized& q, int64_t block, T* out, int64_t stride) {
+  const int64_t size = q.k / q.groups;
+  const char* packed = (const char*)q.packed + block * W::bytes(q.k);
+  W weights;
+  for (int64_t g = 0; g < q.groups; g++) {
+    const V scale = load_scales(q, block, g);
+    const V offset = q.zeros ? load_zeros(q, block, g) : zero();
+    for (int64_t i = g * size; i < (g + 1) * size; i++) {
+      if (i % W::kStep == 0 || i == g * size) weights.load_weight(packed, i / W::kStep);
+      store(out + i * stride, mul(sub(weights.feature(i % W::kStep), offset), scale));
+    }
+  }
+}
+
 // The transposed dense weight, [k, 16 rows a block]: what a matrix product over many rows reads.
 void dequantize(const Quantized& q, int64_t first, int64_t last, void* to, int64_t stride) {
-  const int64_t size = q.k / q.groups;
   with_type(q.type, [&](auto* t) {
     for (int64_t block = first; block < last; block++) {
       auto* out = (decltype(t))to + (block - first) * kLanes;
-      for (int64_t g = 0; g < q.groups; g++) {
-        const V scale = load_scales(q, block, g);
-        const V offset = q.zeros ? load_zeros(q, block, g) : zero();
-        for (int64_t i = g * size; i < (g + 1) * size; i++) {
-          V w;
-          if (q.bits == 4) {
-            const int64_t word = block * divide_up(q.k, 8) + i / 8;
-            w = sub(nibble(load_nibbles((const int32_t*)q.packed + word * kLanes), i % 8), offset);
-          } else {
-            w = load((const int8_t*)q.packed + (block * q.k + i) * kLanes);
-          }
-          store(out + i * stride, mul(w, scale));
-        }
+      switch (q.bits) {
+        case 2:
+          dequantize_block<Int2>(q, block, out, stride);
+          break;
+        case 3:
+          dequantize_block<Int3>(q, block, out, stride);
+          break;
+        case 4:
+          dequantize_block<Int4>(q, block, out, stride);
+          break;
+        default:
+          dequantize_block<Int8>(q, block, out, stride);
       }
     }
   });

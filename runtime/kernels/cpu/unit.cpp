@@ -31,6 +31,7 @@ namespace {
 // Order matters: each uses what stands before it.
 #include "convert.h"
 #include "dense.h"
+#include "weights.h"
 #include "quantized.h"
 #include "attention.h"
 

@@ -90,18 +90,19 @@ inline void load_pair(const bf16* p, V& even, V& odd) {
          _mm256_castsi256_ps(_mm256_and_si256(y, high))};
 }
 
-struct Nibbles {
+struct Words {
   __m256i a, b;
 };
-inline Nibbles load_nibbles(const int32_t* p) {
+inline Words load_words(const int32_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
 }
-inline V nibble(Nibbles w, int j) {
-  const __m256i low = _mm256_set1_epi32(15), eight = _mm256_set1_epi32(8);
-  __m256i a = _mm256_and_si256(_mm256_srli_epi32(w.a, 4 * j), low);
-  __m256i b = _mm256_and_si256(_mm256_srli_epi32(w.b, 4 * j), low);
-  return from_ints(_mm256_sub_epi32(a, eight), _mm256_sub_epi32(b, eight));
+inline V field(Words w, int shift, int mask, int less) {
+  const __m256i low = _mm256_set1_epi32(mask), off = _mm256_set1_epi32(less);
+  __m256i a = _mm256_and_si256(_mm256_srli_epi32(w.a, shift), low);
+  __m256i b = _mm256_and_si256(_mm256_srli_epi32(w.b, shift), low);
+  return from_ints(_mm256_sub_epi32(a, off), _mm256_sub_epi32(b, off));
 }
+inline V nibble(Words w, int j) { return field(w, 4 * j, 15, 8); }
 
 inline void transpose8(__m256* r) {
   __m256 t[8], u[8];

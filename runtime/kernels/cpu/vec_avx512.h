@@ -55,12 +55,18 @@ inline void load_pair(const bf16* p, V& even, V& odd) {
   odd = {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)))};
 }
 
-// Sixteen words of eight nibbles; nibble j of each, less 8, as floats.
-struct Nibbles {
+// Sixteen words; fields of bits of each as floats.
+struct Words {
   __m512i v;
 };
-inline Nibbles load_nibbles(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-inline V nibble(Nibbles w, int j) {
+inline Words load_words(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+// (w >> shift & mask) - less
+inline V field(Words w, int shift, int mask, int less) {
+  const __m512i bits = _mm512_and_si512(_mm512_srli_epi32(w.v, shift), _mm512_set1_epi32(mask));
+  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(bits, _mm512_set1_epi32(less)))};
+}
+// Nibble j, less 8.
+inline V nibble(Words w, int j) {
   // permutexvar reads the low four bits of each index only, which saves the mask.
   const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, 4 * j), table)};

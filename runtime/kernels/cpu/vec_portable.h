@@ -126,17 +126,18 @@ inline void load_pair(const bf16* p, V& even, V& odd) {
   odd = each([=](int i) { return as_float((uint32_t)p[2 * i + 1].bits << 16); });
 }
 
-struct Nibbles {
+struct Words {
   uint32_t w[16];
 };
-inline Nibbles load_nibbles(const int32_t* p) {
-  Nibbles r;
+inline Words load_words(const int32_t* p) {
+  Words r;
   for (int i = 0; i < 16; i++) r.w[i] = (uint32_t)p[i];
   return r;
 }
-inline V nibble(const Nibbles& n, int j) {
-  return each([&](int i) { return (float)((int)(n.w[i] >> (4 * j) & 15) - 8); });
+inline V field(const Words& n, int shift, int mask, int less) {
+  return each([&](int i) { return (float)((int)(n.w[i] >> shift & mask) - less); });
 }
+inline V nibble(const Words& n, int j) { return field(n, 4 * j, 15, 8); }
 
 inline void transpose(V* r) {
   for (int i = 0; i < 16; i++)

@@ -11,7 +11,7 @@ from smelt.passes.quantize.formats import CLIP_STEPS, fake_quantize, quantize
 from smelt.passes.quantize.spec import Scheme
 from smelt.passes.weights import OPERATIONS
 from smelt.runtime.errors import SmeltError
-from smelt.runtime.ops.linear import dequantize_int4, dequantize_int8, pack_int4, unpack_int4
+from smelt.runtime.ops.packing import dequantize, dequantize_int8, pack, unpack
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 6), st.sampled_from([1, 2, 7, 16, 32]))
 magnitudes = st.sampled_from([1e-30, 1e-6, 1.0, 1e4, 1e30])
@@ -22,13 +22,16 @@ def random_weight(n: int, k: int, seed: int, magnitude: float = 1.0) -> torch.Te
     return torch.randn(n, k, generator=generator) * magnitude
 
 
-@given(shapes, magnitudes, st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
-def test_int4_is_within_half_a_step(shape: tuple, magnitude: float, seed: int) -> None:
+@given(shapes, magnitudes, st.sampled_from([2, 3, 4]), st.integers(0, 1000))
+@settings(max_examples=90, deadline=None)
+def test_grouped_is_within_half_a_step(
+    shape: tuple, magnitude: float, bits: int, seed: int
+) -> None:
     n, groups, size = shape
     weight = random_weight(n, groups * size, seed, magnitude)
-    result = quantize(weight, Scheme("int4", size))
-    assert result.q.max() <= 15 and result.zeros is not None and result.zeros.max() <= 15
+    result = quantize(weight, Scheme(f"int{bits}", size))
+    top = 2**bits - 1
+    assert result.q.max() <= top and result.zeros is not None and result.zeros.max() <= top
     step = result.scales.float().repeat_interleave(weight.shape[1] // result.scales.shape[1], 1)
     # bfloat16 rounds the scale by up to 2^-9 of itself, which at 15 steps is 0.03 steps more; the
     # zero point is itself rounded to a step.
@@ -46,31 +49,38 @@ def test_int8_is_within_half_a_step(shape: tuple, magnitude: float, seed: int) -
     assert ((result.dequantize() - weight).abs() <= 0.76 * step).all()
 
 
-@given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_packing_keeps_every_value_also_at_odd_k(n: int, k: int, seed: int) -> None:
-    values = torch.randint(
-        0, 16, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
-    packed = pack_int4(values)
-    assert packed.shape == (n, (k + 1) // 2)
-    assert torch.equal(unpack_int4(packed, k), values)
+@given(st.integers(1, 5), st.integers(1, 70), st.sampled_from([2, 3, 4]), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_packing_keeps_every_value_also_at_odd_k(n: int, k: int, bits: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=generator)
+    packed = pack(values, bits)
+    assert packed.shape == (n, -(-k * bits // 8))
+    assert torch.equal(unpack(packed, bits, k), values)
 
 
-@pytest.mark.parametrize("form", ["int4", "int8"])
+def test_packed_rows_are_little_endian_streams_of_bits() -> None:
+    for bits, values in ((4, [1, 2, 15]), (3, [1, 2, 7, 4, 5, 6, 0, 3]), (2, [1, 2, 3, 0, 1])):
+        stream = sum(value << (bits * i) for i, value in enumerate(values))
+        row = stream.to_bytes(-(-len(values) * bits // 8), "little")
+        assert bytes(pack(torch.tensor([values], dtype=torch.uint8), bits)[0].tolist()) == row
+
+
+@pytest.mark.parametrize("form", ["int4", "int3", "int2", "int8"])
 def test_plan_step_packs_what_the_arithmetic_gives(form: str) -> None:
     weight = random_weight(24, 64, 3)
     scheme = Scheme(form, 32)
     outputs = OPERATIONS[f"quantize_{form}"](weight, groups=2, kinds=[], layer="x")
-    back = (
-        dequantize_int4(*outputs, k=64) if form == "int4" else dequantize_int8(*outputs)  # type: ignore[misc]
-    )
+    if form == "int8":
+        back = dequantize_int8(*outputs)  # type: ignore[misc]
+    else:
+        back = dequantize(*outputs, bits=int(form[3:]), k=64)  # type: ignore[misc]
     assert torch.equal(back, fake_quantize(weight, scheme))
     metas = OPERATIONS[f"quantize_{form}"](weight.to("meta"), groups=2, kinds=[], layer="x")
     assert [(m.shape, m.dtype) for m in metas] == [(o.shape, o.dtype) for o in outputs]
 
 
-@pytest.mark.parametrize("form", ["int4", "int8"])
+@pytest.mark.parametrize("form", ["int4", "int3", "int2", "int8"])
 def test_zero_stays_zero_and_constant_groups_are_exact_enough(form: str) -> None:
     scheme = Scheme(form, 16)
     assert not fake_quantize(torch.zeros(3, 32), scheme).any()

@@ -31,10 +31,11 @@ def test_default_group_is_the_formats_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("gptq",), "nearest is awq"),
+        (("gptq", "int2"), "gptq with int3"),
+        (("gptq", "int8"), "use rtn with int8"),
         (("smoothquant",), "nearest is rtn with format int8"),
-        (("magic",), "none, rtn, awq exist"),
-        (("rtn", "int7"), "int4, int8 exist"),
+        (("magic",), "none, rtn, awq, gptq exist"),
+        (("rtn", "int7"), "int4, int3, int2, int8 exist"),
         (("awq", "int8"), "use rtn with int8"),
         (("rtn", "int4", 100), "the nearest is 96"),
         (("rtn", "int4", 4), "the nearest is 16"),

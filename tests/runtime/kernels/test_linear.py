@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from smelt.runtime.ops import linear as reference
+from smelt.runtime.ops import packing
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS = (0, 1, 2, 3, 8, 33)
@@ -26,11 +29,18 @@ def _input(rows: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(rows, k).to(dtype)
 
 
-def _int4(n: int, k: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    values = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+def _grouped(
+    n: int, k: int, group: int, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Canonical weights of 4, 3 or 2 bits."""
+    values = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
     scales = (torch.rand(n, k // group) * 0.1 + 0.01).bfloat16()
-    zeros = torch.randint(0, 16, (n, k // group), dtype=torch.uint8)
-    return reference.pack_int4(values), scales, zeros
+    zeros = torch.randint(0, 2**bits, (n, k // group), dtype=torch.uint8)
+    return packing.pack(values, bits), scales, zeros
+
+
+def _blocked(name: str) -> Callable[..., torch.Tensor]:
+    return getattr(torch.ops.smelt, f"linear_{name}_blocked")
 
 
 def _int8(n: int, k: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,17 +63,20 @@ def test_linear(isa: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_linear_int4(isa: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("bits", reference.GROUPED_BITS)
+def test_linear_grouped(
+    isa: str, bits: int, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
     torch.manual_seed(0)
     n, k, group = shape
-    canonical = _int4(n, k, group)
-    blocked, bias = reference.block_int4(*canonical, k), torch.randn(n).to(dtype)
-    weight = reference.dequantize_int4(*canonical, k).double()
+    canonical = _grouped(n, k, group, bits)
+    blocked, bias = packing.block(*canonical, bits, k), torch.randn(n).to(dtype)
+    weight = packing.dequantize(*canonical, bits, k).double()
     for rows in ROWS:
         x = _input(rows, k, dtype)
         for b in (None, bias):
             want = reference.linear(x.double(), weight, None if b is None else b.double())
-            _close(torch.ops.smelt.linear_int4_blocked(x, *blocked, b, n), want)
+            _close(_blocked(f"int{bits}")(x, *blocked, b, n), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,8 +85,8 @@ def test_linear_int8(isa: str, dtype: torch.dtype, shape: tuple[int, int, int]) 
     torch.manual_seed(0)
     n, k, group = shape
     canonical = _int8(n, k, group)
-    blocked, bias = reference.block_int8(*canonical), torch.randn(n).to(dtype)
-    weight = reference.dequantize_int8(*canonical).double()
+    blocked, bias = packing.block_int8(*canonical), torch.randn(n).to(dtype)
+    weight = packing.dequantize_int8(*canonical).double()
     for rows in ROWS:
         x = _input(rows, k, dtype)
         for b in (None, bias):
@@ -81,13 +94,15 @@ def test_linear_int8(isa: str, dtype: torch.dtype, shape: tuple[int, int, int]) 
             _close(torch.ops.smelt.linear_int8_blocked(x, *blocked, b, n), want)
 
 
-def test_int4_groups_that_split_a_word(isa: str) -> None:
-    n, k, group = 24, 48, 12
-    canonical = _int4(n, k, group)
+@pytest.mark.parametrize(("bits", "k", "group"), [(4, 48, 12), (3, 48, 24), (2, 80, 40)])
+def test_groups_that_split_a_word(isa: str, bits: int, k: int, group: int) -> None:
+    n = 24
+    canonical = _grouped(n, k, group, bits)
     x = torch.randn(2, k)
-    want = reference.linear(x.double(), reference.dequantize_int4(*canonical, k).double(), None)
-    blocked = reference.block_int4(*canonical, k)
-    _close(torch.ops.smelt.linear_int4_blocked(x, *blocked, None, n), want)
+    weight = packing.dequantize(*canonical, bits, k).double()
+    want = reference.linear(x.double(), weight, None)
+    blocked = packing.block(*canonical, bits, k)
+    _close(_blocked(f"int{bits}")(x, *blocked, None, n), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,11 +112,13 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_threads(
     torch.manual_seed(0)
     n, k, group = 1000, 704, 64
     weight = torch.randn(n, k).to(dtype)
-    int4 = reference.block_int4(*_int4(n, k, group), k)
-    int8 = reference.block_int8(*_int8(n, k, group))
+    grouped = {b: packing.block(*_grouped(n, k, group, b), b, k) for b in reference.GROUPED_BITS}
+    int8 = packing.block_int8(*_int8(n, k, group))
     layers = {
         "linear": lambda x: torch.ops.smelt.linear(x, weight, None),
-        "int4": lambda x: torch.ops.smelt.linear_int4_blocked(x, *int4, None, n),
+        "int4": lambda x: torch.ops.smelt.linear_int4_blocked(x, *grouped[4], None, n),
+        "int3": lambda x: torch.ops.smelt.linear_int3_blocked(x, *grouped[3], None, n),
+        "int2": lambda x: torch.ops.smelt.linear_int2_blocked(x, *grouped[2], None, n),
         "int8": lambda x: torch.ops.smelt.linear_int8_blocked(x, *int8, None, n),
     }
     x = _input(7, k, dtype)
@@ -132,7 +149,7 @@ def test_leading_dimensions_and_strides() -> None:
 
 
 def test_wrong_shapes_are_refused() -> None:
-    blocked = reference.block_int4(*_int4(32, 64, 64), 64)
+    blocked = packing.block(*_grouped(32, 64, 64, 4), 4, 64)
     with pytest.raises(RuntimeError, match="does not hold 32 x 96"):
         torch.ops.smelt.linear_int4_blocked(torch.randn(1, 96), *blocked, None, 32)
     with pytest.raises(RuntimeError, match="bias"):
