@@ -8,6 +8,7 @@ user's mistake, 130 for Ctrl-C.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from importlib import import_module
@@ -34,6 +35,10 @@ VERBS = {
     "doctor": ("doctor", "What this machine has and what smelt can do on it."),
 }
 
+
+# Loggers of packages that transformers imports wherever they are installed; what they warn about
+# (kernels for other devices, deprecations among themselves) is nothing a user of smelt can act on.
+CHATTY = ("torchao", "torch.utils._pytree")
 
 # The base of all "wrong command line" errors; where it lives differs between versions of Typer.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -139,6 +144,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `smelt` command; leaves by SystemExit."""
     arguments = _debug_first(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
+    if not debug:
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = app(args=arguments or ["--help"], prog_name="smelt", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):

@@ -15,6 +15,7 @@ from .progress import reporting
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or OWNER/NAME.")]
 OptionalStr = Optional[str]  # noqa: UP045  (typer evaluates annotations on Python 3.10)
 OptionalInt = Optional[int]  # noqa: UP045
+OptionalFloat = Optional[float]  # noqa: UP045
 OptionalPath = Optional[Path]  # noqa: UP045
 Names = Optional[list[str]]  # noqa: UP045
 
@@ -53,6 +54,13 @@ def command(
         bool, typer.Option("--trust-remote-code", help="Run Python code of the model folder.")
     ] = False,
     revision: Annotated[OptionalStr, typer.Option(help="Revision of a hub model.")] = None,
+    max_kl: Annotated[
+        OptionalFloat, typer.Option(help="Fail above this KL divergence from the original.")
+    ] = None,
+    max_ppl_ratio: Annotated[
+        OptionalFloat, typer.Option(help="Fail above this multiple of its perplexity.")
+    ] = None,
+    gate_text: Annotated[OptionalPath, typer.Option(help="UTF-8 text to measure both on.")] = None,
 ) -> None:
     """Compile a Hugging Face model into an artifact."""
     with reporting() as report:
@@ -83,6 +91,9 @@ def command(
             force=force,
             trust_remote_code=trust_remote_code,
             revision=revision,
+            max_kl=max_kl,
+            max_ppl_ratio=max_ppl_ratio,
+            gate_text=gate_text,
         )
     if isinstance(artifact, Stopped):
         print_passes(artifact.passes)

@@ -14,6 +14,7 @@ STAGES = {
     "weights": "writing weights",
     "compile": "compiling the step",
     "prove": "measuring the result",
+    "gate": "comparing with the original",
 }
 
 

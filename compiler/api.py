@@ -27,7 +27,7 @@ from smelt.runtime.batch import BatchLayout
 from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.manifest import Manifest
 
-from . import artifact, lower, portable
+from . import artifact, gate, lower, portable
 from .manager import Controls, PassManager, Stage
 from .numerics import NumericsCheck
 from .options import DTYPES, CompileOptions
@@ -136,6 +136,11 @@ def _compile(
             manifest.speed = speed(folder)
         manifest.build["seconds"] = round(time.perf_counter() - started, 2)
         manifest.write(folder)
+        if settings.gate:
+            report("gate", 0, 1)
+            trust = settings.trust_remote_code
+            manifest.quality["gate"] = gate.hold(settings.gate, folder, loaded.folder, out, trust)
+            manifest.write(folder)
     return Artifact(out, manifest)
 
 
@@ -291,7 +296,7 @@ def _manifest(
             "torch": torch.__version__,
             "transformers": _version("transformers"),
             "date": time.strftime("%Y-%m-%d"),
-            "options": {k: str(v) for k, v in vars(settings).items() if k != "spec"},
+            "options": {k: str(v) for k, v in vars(settings).items() if k not in ("spec", "gate")},
         },
     )
 

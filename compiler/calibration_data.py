@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Sequence[tuple[int, ...]]):
     """Token sequences, all of one length, and where they come from.
 
     sha256: of the source's bytes. tokens: how many the sequences hold. dropped: what was left out,
@@ -47,6 +47,12 @@ class Calibration:
     sha256: str
     tokens: int
     dropped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.token_lists)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.token_lists[index]
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest: everything but the tokens themselves."""

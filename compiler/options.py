@@ -10,6 +10,7 @@ from smelt.passes.base import Pass
 from smelt.passes.quantize.spec import QuantSpec
 from smelt.runtime.errors import UserError
 
+from .gate import Gate
 from .pipeline import OPT_LEVELS
 
 BACKENDS = ("aoti", "compile", "eager")
@@ -45,9 +46,13 @@ class CompileOptions:
     force: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+    max_kl: float | None = None
+    max_ppl_ratio: float | None = None
+    gate_text: Path | None = None
     block_size: int = 16
     max_tokens: int = 2048
     spec: QuantSpec = field(init=False, default_factory=QuantSpec)
+    gate: Gate = field(init=False, default_factory=Gate)
 
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, ("auto", *DTYPES))
@@ -63,6 +68,10 @@ class CompileOptions:
         if self.group_size is not None:
             extra["group_size"] = self.group_size
         object.__setattr__(self, "spec", QuantSpec(self.quant, **extra))
+        text = None if self.gate_text is None else Path(self.gate_text)
+        object.__setattr__(self, "gate", Gate(self.max_kl, self.max_ppl_ratio, text))
+        if self.gate and self.partial:
+            raise UserError("a quality gate needs an artifact, and the pipeline is cut short")
         if self.dump is not None:
             object.__setattr__(self, "dump", Path(self.dump))
 

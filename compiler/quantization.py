@@ -55,7 +55,7 @@ def quantize_stage(
         progress("calibrate", done, total)
 
     options = _CALIBRATED[method](
-        settings.spec, samples=calibration.token_lists, source=source, progress=calibrating
+        settings.spec, samples=calibration, source=source, progress=calibrating
     )
     return Stage(METHODS[method](), options)
 

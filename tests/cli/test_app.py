@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -112,3 +113,8 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert b"Traceback" not in done.stderr
+
+
+def test_libraries_do_not_chatter_between_our_lines() -> None:
+    assert run("--version") == 0
+    assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in app.CHATTY)
