@@ -55,7 +55,7 @@ bench: $(STAMP) ## decode and start-up against transformers, one interleaved run
 	$(BIN)/python -m benchmarks.decode
 
 bench-quality: $(STAMP) ## perplexity and KL of every scheme on the test checkpoints
-	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.quality --docs docs/quantization.md
 
 size: ## lines of code by folder
 	@for d in compiler passes runtime models cli smelt tests; do \

@@ -1,6 +1,6 @@
 """Quality of every quantization scheme on trained checkpoints, as a table and as JSON.
 
-    python benchmarks/quality.py                          the checkpoints of ../shared/data
+    python benchmarks/quality.py                          the demo model and ../shared/data
     python benchmarks/quality.py --model DIR --text EVAL.txt --calib CALIB.txt
 
 Each model runs in float32 through the graph that the quantization passes transform, so that what is
@@ -27,23 +27,28 @@ import torch
 from smelt.compiler.calibration_data import load_calibration
 from smelt.compiler.manager import PassManager
 from smelt.compiler.pipeline import PipelineConfig, pipeline
+from smelt.compiler.quantization import stage_for
 from smelt.compiler.trace import export, program_from_export
 from smelt.compiler.weights import ModuleSource
 from smelt.passes.program import Program
-from smelt.passes.quantize import (
-    AwqOptions,
-    QuantizeAwq,
-    QuantizeRtn,
-    QuantSpec,
-    RtnOptions,
-)
+from smelt.passes.quantize import QuantSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SMELT_DATA") or ROOT.parent / "shared" / "data")
-CHECKPOINTS = ("stories260K", "babyllama361")
+DEMO = ROOT / "models" / "demo"
+STORIES = tuple(DATA / "texts" / f"tinystories_{part}.txt" for part in ("valid", "train"))
+# A model's folder, the text it is scored on, the text it is calibrated on.
+SUBJECTS = (
+    (DATA / "models" / "stories260K", *STORIES),
+    (DATA / "models" / "babyllama361", *STORIES),
+    (DEMO / "smelt-demo", DEMO / "heldout.txt", DEMO / "calibration.txt"),
+)
+METHODS = ("rtn", "awq", "gptq")
 SCHEMES = (
     QuantSpec("rtn", "int8"),
-    *(QuantSpec(method, "int4", size) for size in (32, 64, 128) for method in ("rtn", "awq")),
+    *(QuantSpec(method, "int4", size) for size in (32, 64, 128) for method in METHODS),
+    *(QuantSpec(method, "int3", size) for size in (32, 128) for method in METHODS),
+    QuantSpec("rtn", "int2", 32),
 )
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 
@@ -121,10 +126,9 @@ def measure(of: Subject, spec: QuantSpec | None, samples: Any) -> Row:
     """One scheme on one model. Without a spec: the float32 model itself."""
     program = semantic(of.module)
     started = time.perf_counter()
-    if spec is not None and spec.method == "rtn":
-        QuantizeRtn().run(program, RtnOptions(spec))
-    elif spec is not None:
-        QuantizeAwq().run(program, AwqOptions(spec, samples, of.source))
+    if spec is not None:
+        stage = stage_for(spec, samples, of.source)
+        stage.pass_.run(program, stage.options)
     seconds = time.perf_counter() - started
     found = of.reference if spec is None else run(program, of.source, of.windows)
     loss, kl, same, tokens = 0.0, 0.0, 0, 0
@@ -172,8 +176,8 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, action="append", help="a folder; may be given again")
-    parser.add_argument("--text", type=Path, default=DATA / "texts" / "tinystories_valid.txt")
-    parser.add_argument("--calib", default=str(DATA / "texts" / "tinystories_train.txt"))
+    parser.add_argument("--text", type=Path, default=STORIES[0])
+    parser.add_argument("--calib", type=Path, default=STORIES[1])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--characters", type=int, default=60_000)
     parser.add_argument("--context", type=int, default=256)
@@ -183,19 +187,21 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="a page whose table is replaced")
     given = parser.parse_args()
     rows: list[Row] = []
-    for folder in given.model or [DATA / "models" / name for name in CHECKPOINTS]:
+    chosen = [(folder, given.text, given.calib) for folder in given.model or ()]
+    for folder, text, calib in chosen or SUBJECTS:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        of = subject(folder, given.text, given.characters, given.context, tokenizer)
-        calibration = load_calibration(given.calib, tokenizer, given.samples, given.context)
+        of = subject(folder, text, given.characters, given.context, tokenizer)
+        calibration = load_calibration(calib, tokenizer, given.samples, given.context)
         for spec in (None, *SCHEMES):
-            rows.append(measure(of, spec, calibration.token_lists))
+            rows.append(measure(of, spec, calibration))
             print(table(rows[-1:]).split("\n")[-1], flush=True)
     print(table(rows))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "rows": [asdict(row) for row in rows],
-        "text": given.text.name,
-        "calibration": Path(given.calib).name,
+        "texts": {
+            folder.name: [text.name, calib.name] for folder, text, calib in chosen or SUBJECTS
+        },
         "samples": given.samples,
         "characters": given.characters,
         "context": given.context,

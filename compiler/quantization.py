@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from smelt.passes.quantize import (
     QuantizeAwq,
     QuantizeGptq,
     QuantizeRtn,
+    QuantSpec,
     RtnOptions,
 )
 from smelt.passes.weights import TensorSource
@@ -44,20 +46,30 @@ def quantize_stage(
 
     Raises UserError when calibration is needed and the text or the tokenizer is missing.
     """
-    method = settings.spec.method
-    if method == "none":
+    spec = settings.spec
+    if spec.method == "none":
         return None
-    if not settings.spec.needs_calibration:
-        return Stage(QuantizeRtn(), RtnOptions(settings.spec))
-    calibration = _calibration(settings, folder, context)
+    if not spec.needs_calibration:
+        return stage_for(spec)
 
     def calibrating(layer: str, done: int, total: int) -> None:
         progress("calibrate", done, total)
 
-    options = _CALIBRATED[method](
-        settings.spec, samples=calibration, source=source, progress=calibrating
-    )
-    return Stage(METHODS[method](), options)
+    return stage_for(spec, _calibration(settings, folder, context), source, calibrating)
+
+
+def stage_for(
+    spec: QuantSpec,
+    samples: Sequence[Sequence[int]] = (),
+    source: TensorSource | None = None,
+    progress: Progress | None = None,
+) -> Stage:
+    """The pass of a method with its options. samples, source: what a calibrated one needs."""
+    calibrated = _CALIBRATED.get(spec.method)
+    if calibrated is None:
+        return Stage(METHODS[spec.method](), RtnOptions(spec))
+    options = calibrated(spec, samples=samples, source=source, progress=progress)
+    return Stage(METHODS[spec.method](), options)
 
 
 def _calibration(settings: CompileOptions, folder: Path | None, context: int) -> Any:
