@@ -16,12 +16,13 @@ smelt = torch.ops.smelt
 _TRACED = {"attention", "experts"}
 _SEMANTIC = _TRACED | {"rms_norm", "rope", "gated_activation"}
 _QUANTIZED = _SEMANTIC | {"linear_int4", "linear_int8"}
-_CACHED = (_QUANTIZED - {"attention"}) | {"cached_attention"}
+_CACHED = (_QUANTIZED - {"attention"}) | {"cached_attention", "cached_attention_quantized"}
 _LOWERED = (_CACHED - {"linear_int4", "linear_int8"}) | {
     "linear",
     "linear_int4",
     "linear_int8",
     "cached_attention_reference",
+    "cached_attention_quantized_reference",
     "linear_int4_blocked",
     "linear_int8_blocked",
 }
@@ -33,7 +34,12 @@ ALLOWED: dict[Dialect, set[str]] = {
     Dialect.CACHED: _CACHED,
     Dialect.LOWERED: _LOWERED,
 }
-CACHE_OPERATORS = {"cached_attention", "cached_attention_reference"}
+CACHE_OPERATORS = {
+    "cached_attention",
+    "cached_attention_reference",
+    "cached_attention_quantized",
+    "cached_attention_quantized_reference",
+}
 
 
 class DialectError(SmeltError):
@@ -62,7 +68,7 @@ def _check_call(program: Program, node: fx.Node, allowed: set[str]) -> None:
         raise _violation(program, node, f"{node.target} is neither an ATen nor a smelt operator")
     if (
         program.dialect is Dialect.LOWERED
-        and name in _SEMANTIC | {"cached_attention"}
+        and name in _SEMANTIC | {"cached_attention", "cached_attention_quantized"}
         and "provider" not in node.meta
     ):
         raise _violation(program, node, f"smelt::{name} has no provider")

@@ -79,6 +79,19 @@ inline void store(bf16* p, V x) {
   __m256i both = _mm256_packus_epi32(rounded_to_bf16(x.a), rounded_to_bf16(x.b));
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(both, 0xd8));
 }
+// float8 e4m3 but for its NaN, which is never stored: as float16 bits it is 2^8 smaller.
+inline V load(const e4m3* p) {
+  __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load128(p)), 7);
+  __m256i h = _mm256_and_si256(wide, _mm256_set1_epi16((short)0xbf80));
+  V x = {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+  return mul(x, set1(256.0f));
+}
+// Sixteen values of four bits, the low half of a byte first.
+inline V load_u4(const uint8_t* p) {
+  const __m128i low = _mm_set1_epi8(15), x = _mm_loadl_epi64((const __m128i*)p);
+  __m128i q = _mm_unpacklo_epi8(_mm_and_si128(x, low), _mm_and_si128(_mm_srli_epi16(x, 4), low));
+  return from_ints(_mm256_cvtepu8_epi32(q), _mm256_cvtepu8_epi32(_mm_srli_si128(q, 8)));
+}
 
 inline void load_pair(const bf16* p, V& even, V& odd) {
   const __m256i high = _mm256_set1_epi32((int)0xffff0000);

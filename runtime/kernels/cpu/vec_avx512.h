@@ -48,6 +48,19 @@ inline void store(bf16* p, V a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
+// float8 e4m3 but for its NaN, which is never stored: as float16 bits it is 2^8 smaller.
+inline V load(const e4m3* p) {
+  __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+  __m256i h = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((short)0xbf80));
+  return mul({_mm512_cvtph_ps(h)}, set1(256.0f));
+}
+// Sixteen values of four bits, the low half of a byte first.
+inline V load_u4(const uint8_t* p) {
+  const __m128i low = _mm_set1_epi8(15), x = _mm_loadl_epi64((const __m128i*)p);
+  __m128i q = _mm_unpacklo_epi8(_mm_and_si128(x, low), _mm_and_si128(_mm_srli_epi16(x, 4), low));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q))};
+}
+
 // 32 neighbouring bfloat16 as the even and the odd ones: two operations, no shuffle.
 inline void load_pair(const bf16* p, V& even, V& odd) {
   __m512i x = _mm512_loadu_si512(p);
