@@ -80,12 +80,13 @@ def quantize_rows(x: torch.Tensor, name: str) -> torch.Tensor:
     form, x = QUANTIZED[name], x.float()
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     fits = (low >= -LARGEST) & (high <= LARGEST)  # False where a value is NaN
+    # Adding 0 makes 0 of -0: which of two equal zeros is the extreme must not matter.
+    low, high = low + 0.0, high + 0.0
     if name == "fp8":
-        scale = (torch.maximum(-low, high) / LARGEST_E4M3).half()
+        scale = (torch.maximum(0.0 - low, high) / LARGEST_E4M3).half()
         parameters = scale
     else:
-        # Adding 0 makes a minimum of -0 a 0: which of two equal zeros is found must not matter.
-        zero = (low + 0.0).half()
+        zero = low.half()
         scale = ((high - zero.float()).clamp(min=0) / form.top).half()
         parameters = torch.cat((scale, zero), -1)
     usable = fits & (scale > 0)

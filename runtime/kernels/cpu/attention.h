@@ -205,12 +205,18 @@ inline void hide(const Attention& a, const Tile& t, int64_t row, int64_t first, 
 }
 
 // Scores to weights, in place, with the running maximum, sum and values of the row brought along.
+// A NaN among the scores stays in the sum: comparisons are written so that it is not left out.
 inline void soften(float* scores, State& s, int64_t row) {
   V best = load(scores);
   for (int j = 16; j < kKeys; j += 16) best = max(best, load(scores + j));
   const float before = s.max[row], most = largest(best);
-  if (!(most > kHidden)) {
-    for (int j = 0; j < kKeys; j += 16) store(scores + j, zero());
+  if (most == kHidden) {
+    V all = zero();
+    for (int j = 0; j < kKeys; j += 16) {
+      all = add(all, load(scores + j));
+      store(scores + j, zero());
+    }
+    if (sum(all) != kHidden) s.max[row] = s.sum[row] = __builtin_nanf("");
     return;
   }
   const float now = before > most ? before : most;
@@ -220,7 +226,7 @@ inline void soften(float* scores, State& s, int64_t row) {
     store(scores + j, weight);
     total = add(total, weight);
   }
-  if (now > before) {
+  if (!(now <= before)) {
     const float shrink = exp(before - now);
     s.sum[row] *= shrink;
     float* values = s.values + row * s.width;
@@ -328,7 +334,7 @@ void attention_chunk(const Attention& a, const Tile& t, int64_t chunk, void* sta
 void attention_merge(const Attention& a, const Tile& t, void* into, const void* from) {
   State s = state_of(a, t, into), o = state_of(a, t, (void*)from);
   for (int64_t r = 0; r < s.rows; r++) {
-    if (!(o.max[r] > kHidden)) continue;
+    if (o.max[r] == kHidden) continue;
     const float now = s.max[r] > o.max[r] ? s.max[r] : o.max[r];
     const float mine = exp(s.max[r] - now), theirs = exp(o.max[r] - now);
     s.sum[r] = s.sum[r] * mine + o.sum[r] * theirs;
@@ -354,7 +360,7 @@ void attention_finish(const Attention& a, const Tile& t, void* state) {
         shrink = exp(s.max[r] - now);
         total = total * shrink + exp(a.sinks[head] - now);
       }
-      const float factor = total > 0 ? shrink / total : 0;
+      const float factor = total == 0 ? 0 : shrink / total;
       auto* out = (decltype(o))a.out + ((t.row + r / group) * a.heads + head) * a.size;
       for (int64_t d = 0; d < a.size; d += 16)
         store_some(out + d, mul(load(s.values + r * s.width + d), set1(factor)), a.size - d);

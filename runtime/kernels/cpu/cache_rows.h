@@ -118,14 +118,15 @@ inline void quantize_of(const T* in, Form form, uint8_t* out, int64_t n) {
     least = max(least, sub(zero(), x));
     wrong = fma(x, zero(), wrong);  // NaN where x is not finite
   }
-  const float high = largest(most), low = 0.0f - largest(least);
+  // Adding 0 makes 0 of -0: which of two equal zeros is the extreme must not matter.
+  const float high = largest(most) + 0.0f, low = 0.0f - largest(least);
   const bool fits = sum(wrong) == 0 && low >= -65504.0f && high <= 65504.0f;
 
   f16 stored[2] = {{0x7e00}, {0x7e00}};
   const float top = cache_top(form);
   float scale = 0, base = 0;
   if (fits && form == Form::Fp8) {
-    scale = rounded_to_f16((-low > high ? -low : high) / 448.0f, stored[0]);
+    scale = rounded_to_f16((0.0f - low > high ? 0.0f - low : high) / 448.0f, stored[0]);
   } else if (fits) {
     base = rounded_to_f16(low, stored[1]);
     scale = rounded_to_f16((high > base ? high - base : 0.0f) / top, stored[0]);

@@ -42,10 +42,10 @@ inline __m256 power_of_two(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
 inline V times_power_of_two(V x, V n) { return mul(x, {power_of_two(n.a), power_of_two(n.b)}); }
-inline V where_at_least(V x, float limit, V a) {
+inline V where_not_below(V x, float limit, V a) {
   __m256 l = _mm256_set1_ps(limit);
-  return {_mm256_and_ps(_mm256_cmp_ps(x.a, l, _CMP_GE_OQ), a.a),
-          _mm256_and_ps(_mm256_cmp_ps(x.b, l, _CMP_GE_OQ), a.b)};
+  return {_mm256_and_ps(_mm256_cmp_ps(x.a, l, _CMP_NLT_UQ), a.a),
+          _mm256_and_ps(_mm256_cmp_ps(x.b, l, _CMP_NLT_UQ), a.b)};
 }
 
 inline V from_ints(__m256i a, __m256i b) { return {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}; }

@@ -20,9 +20,9 @@ inline float sum(V a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(V a) { return _mm512_reduce_max_ps(a.v); }
 inline V round(V a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline V times_power_of_two(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// a where x >= limit, else 0
-inline V where_at_least(V x, float limit, V a) {
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GE_OQ), a.v)};
+// 0 where x < limit, else a
+inline V where_not_below(V x, float limit, V a) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), a.v)};
 }
 
 inline V load(const bf16* p) {

@@ -75,8 +75,8 @@ inline V round(const V& a) {
 inline V times_power_of_two(const V& a, const V& n) {
   return each([&](int i) { return a.f[i] * as_float((uint32_t)((int)n.f[i] + 127) << 23); });
 }
-inline V where_at_least(const V& x, float limit, const V& a) {
-  return each([&](int i) { return x.f[i] >= limit ? a.f[i] : 0.0f; });
+inline V where_not_below(const V& x, float limit, const V& a) {
+  return each([&](int i) { return x.f[i] < limit ? 0.0f : a.f[i]; });
 }
 
 inline V load(const bf16* p) {

@@ -108,13 +108,25 @@ def test_rows_of_every_kind_are_written_to_the_same_bytes(isa: str, name: str) -
         assert torch.equal(got, quantize_rows(torch.stack((k[row, 0], -k[row, 0])), name)), row
 
 
-def test_nan_in_a_key_reaches_the_result(isa: str) -> None:
+@pytest.mark.parametrize("before", [4, 1030])
+@pytest.mark.parametrize("name", ["auto", *FORMATS])
+def test_nan_in_a_key_reaches_the_result(isa: str, name: str, before: int) -> None:
+    """It may stand in an early chunk of many, where later ones have ordinary scores."""
     torch.manual_seed(0)
-    args = _filled(Case(((4, 2),)), torch.float32, "int8")
+    case = Case(((before, 2),), softcap=5.0 if before > 4 else 0.0)
+    args = _inputs(case, torch.float32) if name == "auto" else _filled(case, torch.float32, name)
     args[1] = args[1].clone()  # type: ignore[union-attr]
     args[1][1, 0, 5] = float("nan")  # the second token's first kv head, so its query heads
-    out, _ = _run(args, "int8")
-    assert out[1, :3].isnan().all() and out[1, 3:].isfinite().all() and out[0].isfinite().all()
+    if before > 4:  # the token to a slot that the first one's row sees, too
+        args[4] = args[4].clone()  # type: ignore[union-attr]
+        args[4][1] = int(args[7][0, 0]) * case.block_size + 3  # type: ignore[index]
+    cache = args[3].clone()  # type: ignore[union-attr]
+    if name == "auto":
+        out = torch.ops.smelt.cached_attention(*args[:3], cache, *args[4:])
+    else:
+        out, _ = _run(args, name)
+    assert out[1, :3].isnan().all() and out[:, 3:].isfinite().all()
+    assert out[0, :3].isnan().all() == (before > 4)
 
 
 @pytest.mark.parametrize("name", FORMATS)
