@@ -33,11 +33,11 @@ def test_a_session_prefills_only_new_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_small_steps_and_too_few_blocks_change_no_token(name: str) -> None:
-    step = FakeStep(max_tokens=5, block_size=3, format=name)
-    wanted = prompts(6, 24, seed=1)
+def test_chunks_and_too_few_blocks_change_no_token(name: str) -> None:
+    step = FakeStep(format=name)
+    wanted = prompts(6, 20, seed=1)
     expected = [step.greedy(prompt, 8) for prompt in wanted]
-    engine = Engine(step, blocks=18)
+    engine = Engine(step, blocks=10)
     ids = [engine.add_request(prompt, SamplingParams(max_tokens=8)) for prompt in wanted]
     found = run(engine)
     assert engine.metrics.preemptions > 0
