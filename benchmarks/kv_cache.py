@@ -2,14 +2,14 @@
 
     python -m benchmarks.kv_cache                    the checkpoints of ../shared/data, and the demo
     python -m benchmarks.kv_cache --model DIR --text EVAL.txt
+    python -m benchmarks.kv_cache --docs docs/quantization.md     and replace that page's table
 
 Each model runs in float32 through the whole pipeline, with weights that are not quantized, so that
 what is measured is the cache alone. The text is cut into windows of --context tokens that do not
-overlap; each is prefilled in chunks of --chunk tokens over the cache, as the engine would, so that
-most keys and values are read back from earlier steps; every token reads its own rounded ones as
-well, and the chunks' size changes nothing but the order of float32 sums. The first token of a window
-is not scored. KL and top-1: against the model with a float32 cache, at every position. "a token": bytes
-of the cache that one token takes where the model computes in 16 bits.
+overlap; each is prefilled in chunks of --chunk tokens, as the engine would. Every key and value is
+read back from the cache, so the size of the chunks does not matter. The first token of a window is
+not scored. KL and top-1: against the model with a float32 cache, at every position. "a token":
+bytes of the cache that one token takes; of `auto`, where the model computes in 16 bits.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SMELT_DATA") or ROOT.parent / "shared" / "data")
 DEMO = ROOT / "models" / "demo" / "smelt-demo"
 CHECKPOINTS = ("stories260K", "llama2xs270K", "babyllama361")
+BEGIN, END = "<!-- kv-cache:begin -->", "<!-- kv-cache:end -->"
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ def measure(folder: Path, text: str, given: argparse.Namespace) -> Iterator[Row]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(folder).encode(text)
     context = min(given.context, module.config.max_position_embeddings)
+    enough = 16 * context * given.windows  # characters: no tokenizer here averages more a token
+    ids = AutoTokenizer.from_pretrained(folder).encode(text[:enough])
     windows = [
         torch.tensor(ids[at : at + context]) for at in range(0, len(ids) - context + 1, context)
     ][: given.windows]
@@ -158,13 +160,16 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, action="append", help="a folder; may be given again")
-    parser.add_argument("--text", type=Path, help="default: TinyStories; the demo's own text for it")
+    parser.add_argument(
+        "--text", type=Path, help="default: TinyStories; the demo's own text for it"
+    )
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--chunk", type=int, default=64, help="tokens of a prefill step")
     parser.add_argument("--windows", type=int, default=64, help="at most so many")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "kv_cache.json"
     )
+    parser.add_argument("--docs", type=Path, help="a page whose table is replaced")
     given = parser.parse_args()
     build.load()
     rows: list[Row] = []
@@ -174,7 +179,7 @@ def main() -> None:
         path = given.text or (own if own.is_file() else stories)
         for row in measure(folder, path.read_text(encoding="utf-8"), given):
             rows.append(row)
-            print(table([*rows]).split("\n")[-1], flush=True)
+            print(table(rows).split("\n")[-1], flush=True)
     print(table(rows))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -187,6 +192,10 @@ def main() -> None:
         "machine": platform.machine(),
     }
     given.out.write_text(json.dumps(record, indent=1) + "\n")
+    if given.docs:
+        head, _, rest = given.docs.read_text(encoding="utf-8").partition(BEGIN)
+        tail = rest.partition(END)[2]
+        given.docs.write_text(f"{head}{BEGIN}\n{table(rows)}\n{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def plan(
     """The memory plan of `model`: a folder, a config.json under any name, or a hub name.
 
     ctx: tokens of each of `batch` sequences; by default 4096 or the model's context. options: those
-    of `CompileOptions` (quant, format, group_size, kv_cache, dtype). Raises UserError for combinations that
-    do not work, and for a configuration that is no causal language model.
+    of `CompileOptions` (quant, format, group_size, kv_cache, dtype). Raises UserError for
+    combinations that do not work, and for a configuration that is no causal language model.
     """
     settings = CompileOptions(trust_remote_code=trust_remote_code, **options)
     if batch < 1:

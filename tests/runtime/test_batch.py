@@ -93,7 +93,9 @@ def test_caches_are_allocated_a_layer_each() -> None:
     assert spec.bytes_per_token() * spec.block_size == bytes_a_block
 
 
-@pytest.mark.parametrize(("name", "widths"), [("int8", (68, 36)), ("int4", (36, 20)), ("fp8", (66, 34))])
+@pytest.mark.parametrize(
+    ("name", "widths"), [("int8", (68, 36)), ("int4", (36, 20)), ("fp8", (66, 34))]
+)
 def test_quantized_caches_are_bytes_with_their_scales(name: str, widths: tuple[int, int]) -> None:
     spec = replace(sample_spec(), dtype="uint8", format=name)
     caches = spec.allocate(5)
@@ -126,7 +128,9 @@ def test_specification_and_layout_survive_json(name: str) -> None:
     assert replace(LAYOUT, max_rows=6) != LAYOUT
 
 
-@pytest.mark.parametrize("field", ["block_size", "dtype", "heads", "head_sizes", "groups", "format"])
+@pytest.mark.parametrize(
+    "field", ["block_size", "dtype", "heads", "head_sizes", "groups", "format"]
+)
 def test_a_specification_without_a_field_names_it(field: str) -> None:
     data = sample_spec().to_json()
     del data[field]

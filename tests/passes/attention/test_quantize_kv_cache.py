@@ -94,7 +94,8 @@ def test_another_reader_of_a_quantized_cache_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "provider"), [((), "cpu"), ((("cached_attention_quantized", "reference"),), "reference")]
+    ("override", "provider"),
+    [((), "cpu"), ((("cached_attention_quantized", "reference"),), "reference")],
 )
 def test_it_gets_a_provider(override: tuple[tuple[str, str], ...], provider: str) -> None:
     subject = after(cached(0), QuantizeKvCache())
