@@ -37,10 +37,11 @@ class QuantizeKvCache(Pass):
 
     Every key and value of a head and token is rounded by a scale and a minimum of its own, which
     lie behind it in the slot (runtime/ops/cache_format.py has formats and formulas), so nothing is
-    calibrated and weights of any scheme go with it. Legal for every attention. It pays where the
-    cache is large against the weights: long contexts and many sequences hold 1.94 (int8) or 3.76
-    (int4) times the tokens in the same memory, and a decode step reads so many bytes less. Lossy:
-    int8 moves the logits hardly at all, int4 visibly (docs/quantization.md).
+    calibrated and weights of any scheme go with it. Legal for every attention. It pays in memory:
+    1.94 (int8) or 3.76 (int4) times the tokens of long contexts and many sequences fit. It does not
+    pay in time where the cache is small: dequantizing costs more than reading 16 bits that lie in
+    the processor's cache. Lossy: int8 moves the logits hardly at all, int4 visibly
+    (docs/quantization.md).
     """
 
     name = "quantize-kv-cache"

@@ -25,9 +25,9 @@ from smelt.runtime.ops.cache_format import CACHE_FORMATS, QUANTIZED
 from smelt.runtime.tokenizer import Tokenizer
 
 # Upper bounds of the mean KL to the model with a float32 cache on the first 200 tokens of the text,
-# about three times what was measured: 0.00005, 0.0021 and 0.0117. The model's heads have 16 features, so a key with
-# an outlier costs more than in a model of useful size.
-LARGEST_KL = {"int8": 1.5e-4, "fp8": 7e-3, "int4": 5e-2}
+# about three times what was measured (0.00005, 0.0021, 0.0117). The model's heads have 16 features,
+# so a key with an outlier costs more than in a model of useful size.
+LARGEST_KL = {"int8": 1.5e-4, "fp8": 7e-3, "int4": 4e-2}
 
 
 @pytest.fixture(scope="module")
