@@ -28,6 +28,9 @@ def command(
     group_size: Annotated[
         OptionalInt, typer.Option(help="Weights that share a scale; 0 is a whole row.")
     ] = None,
+    kv_cache: Annotated[
+        str, typer.Option("--kv-cache", help="auto (the model's dtype), fp8, int8 or int4.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bf16, fp16, fp32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     calib: Annotated[str, typer.Option(help="FILE.txt, FILE.jsonl or builtin.")] = "builtin",
@@ -73,6 +76,7 @@ def command(
             quant=quant,
             format=format,
             group_size=group_size,
+            kv_cache=kv_cache,
             dtype=dtype,
             device=device,
             calib=calib,

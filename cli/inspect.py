@@ -41,7 +41,11 @@ def _print_overview(manifest: Any) -> None:
     print(f"model     {model['name']} ({model['class']}), {model['parameters']:,} parameters")
     print(f"context   {model['max_position']} tokens, vocabulary {model['vocab_size']}")
     print(f"weights   {size(model['source_bytes'])} -> {size(memory['weights_bytes'])}")
-    print(f"KV cache  {size(memory['kv_bytes_per_token'])} a token, {manifest.cache.dtype}")
+    cache = manifest.cache
+    held = (
+        cache.dtype if cache.format == "auto" else f"{cache.format} with a scale a head and token"
+    )
+    print(f"KV cache  {size(memory['kv_bytes_per_token'])} a token, {held}")
     spec = manifest.quant
     quant = "none" if spec["method"] == "none" else f"{spec['method']} {spec['format']}"
     print(f"quant     {quant}, computes in {model['dtype']}")

@@ -20,20 +20,23 @@ def command(
     name: Name = None,
     opt: Annotated[str, typer.Option(help="O0, O1 or O2.")] = "O2",
     quant: Annotated[str, typer.Option(help="none, rtn, awq or gptq.")] = "none",
+    kv_cache: Annotated[str, typer.Option("--kv-cache", help="auto, fp8, int8 or int4.")] = "auto",
 ) -> None:
     """The resolved pass pipeline, or one pass's page."""
     from smelt.compiler.manager import Stage
     from smelt.compiler.pipeline import PipelineConfig, pipeline
     from smelt.compiler.quantization import METHODS
+    from smelt.passes.attention.quantize_kv_cache import QuantizeKvCache
 
     if quant != "none" and quant not in METHODS:
         raise UserError(f"--quant {quant}: expected one of none, {', '.join(METHODS)}")
     quantizers = {key: Stage(cls(), cls.Options()) for key, cls in METHODS.items()}
-    stages = pipeline(PipelineConfig(opt, quantizers.get(quant)))
+    stages = pipeline(PipelineConfig(opt, quantizers.get(quant), kv_cache=kv_cache))
     if name is None:
         _print_pipeline(stages)
         return
-    known = {s.pass_.name: s.pass_ for s in [*stages, *quantizers.values()]}
+    every = [*(s.pass_ for s in [*stages, *quantizers.values()]), QuantizeKvCache()]
+    known = {pass_.name: pass_ for pass_ in every}
     if name not in known:
         raise UserError(f"no pass {name}; there are {', '.join(known)}")
     _print_page(known[name])

@@ -35,6 +35,9 @@ def command(
         Optional[int],  # noqa: UP045
         typer.Option("--group-size", help="Weights that share a scale.", show_default=False),
     ] = None,
+    kv_cache: Annotated[
+        str, typer.Option("--kv-cache", help="auto (the model's dtype), fp8, int8 or int4.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32.")] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code of the model's folder.")
@@ -54,6 +57,7 @@ def command(
         quant=quant,
         format=format,
         group_size=group_size,
+        kv_cache=kv_cache,
         dtype=dtype,
     )
     if as_json:
@@ -86,6 +90,8 @@ def table(found: MemoryPlan) -> Table:
         weights += f": {ratio:.2f} times smaller than in {found.dtype}"
     made.add_row("weights", size(found.weights_bytes), weights)
     cache = f"{found.batch} x {found.ctx} tokens, {size(found.kv_bytes_per_token)} a token"
+    if found.kv_cache != "auto":
+        cache += f", {found.kv_cache}"
     made.add_row("KV cache", size(found.kv_bytes), cache)
     made.add_row("activations", size(found.activation_bytes), "buffers of the largest step")
     made.add_section()
@@ -101,8 +107,8 @@ def verdict(found: MemoryPlan) -> str:
     if found.total_bytes <= found.memory_total_bytes:
         return f"does not fit now: {free} of this machine's {all_} are free; close something"
     return (
-        f"does not fit: this machine has {all_}; try --quant awq, a smaller --ctx or --batch, "
-        "or a smaller model"
+        f"does not fit: this machine has {all_}; try --quant awq, --kv-cache int8, a smaller "
+        "--ctx or --batch, or a smaller model"
     )
 
 

@@ -132,7 +132,7 @@ def _compile(
         artifact.seal(manifest, folder)
         report("prove", 0, 1)
         if proof is not None and settings.backend == "aoti":
-            manifest.quality = proof.quality(folder, settings.spec.method != "none")
+            manifest.quality = proof.quality(folder, settings.lossy)
             manifest.speed = speed(folder)
         manifest.build["seconds"] = round(time.perf_counter() - started, 2)
         manifest.write(folder)
@@ -226,7 +226,8 @@ def _stages(
     options: dict[str, dict[str, Any]] = {"insert-kv-cache": {"block_size": settings.block_size}}
     if settings.providers:
         options["choose-providers"] = {"overrides": tuple(settings.providers)}
-    return pipeline(PipelineConfig(settings.opt, quantize, (*installed_passes(), *extra), options))
+    every = (*installed_passes(), *extra)
+    return pipeline(PipelineConfig(settings.opt, quantize, every, options, settings.kv_cache))
 
 
 def _check_step(program: Program) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from smelt.passes.base import Pass
 from smelt.passes.quantize.spec import QuantSpec
 from smelt.runtime.errors import UserError
+from smelt.runtime.ops.cache_format import CACHE_FORMATS
 
 from .gate import Gate
 from .pipeline import OPT_LEVELS
@@ -28,6 +29,7 @@ class CompileOptions:
     quant: str = "none"
     format: str | None = None
     group_size: int | None = None
+    kv_cache: str = "auto"
     dtype: str = "auto"
     device: str = "cpu"
     calib: str = "builtin"
@@ -56,6 +58,12 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, ("auto", *DTYPES))
+        _one_of("--kv-cache", self.kv_cache, CACHE_FORMATS)
+        if self.kv_cache != "auto" and "insert-kv-cache" in self.skip:
+            raise UserError(
+                f"--kv-cache {self.kv_cache} and --skip insert-kv-cache: without that pass there "
+                "is no cache; drop one of them"
+            )
         _one_of("--device", self.device, DEVICES)
         _one_of("--opt", self.opt, OPT_LEVELS)
         _one_of("--backend", self.backend, BACKENDS)
@@ -74,6 +82,11 @@ class CompileOptions:
             raise UserError("a quality gate needs an artifact, and the pipeline is cut short")
         if self.dump is not None:
             object.__setattr__(self, "dump", Path(self.dump))
+
+    @property
+    def lossy(self) -> bool:
+        """Whether information is dropped: weights or the cache are quantized."""
+        return self.spec.method != "none" or self.kv_cache != "auto"
 
     @property
     def partial(self) -> bool:

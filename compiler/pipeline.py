@@ -12,6 +12,7 @@ from typing import Any
 
 from smelt.passes.attention.kv_cache import InsertKvCache
 from smelt.passes.attention.logits_rows import KeepLogitsRows
+from smelt.passes.attention.quantize_kv_cache import QuantizeKvCache
 from smelt.passes.base import Pass
 from smelt.passes.canonical.gated_activation import CanonicalizeGatedActivation
 from smelt.passes.canonical.layer_norm import CanonicalizeLayerNorm
@@ -33,6 +34,7 @@ OPT_LEVELS = ("O0", "O1", "O2")
 class PipelineConfig:
     """What decides the list of passes. quantize: the quantization pass and its options, or None.
 
+    kv_cache: the cache's format, "auto" for the model's dtype.
     O0 is correct and fuses nothing; O1 canonicalises; O2 fuses too.
     """
 
@@ -40,6 +42,7 @@ class PipelineConfig:
     quantize: Stage | None = None
     extra: tuple[Pass, ...] = ()
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    kv_cache: str = "auto"
 
 
 def pipeline(config: PipelineConfig) -> list[Stage]:
@@ -66,7 +69,11 @@ def pipeline(config: PipelineConfig) -> list[Stage]:
     stages += [stage(pass_) for pass_ in config.extra]
     if config.quantize is not None:
         stages.append(config.quantize)
-    stages += [stage(KeepLogitsRows()), stage(InsertKvCache()), stage(ChooseProviders())]
+    stages += [stage(KeepLogitsRows()), stage(InsertKvCache())]
+    if config.kv_cache != "auto":
+        quantized = QuantizeKvCache()
+        stages.append(Stage(quantized, quantized.options({"format": config.kv_cache})))
+    stages.append(stage(ChooseProviders()))
     known = {s.pass_.name for s in stages}
     for name in config.options:
         if name not in known:

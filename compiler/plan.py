@@ -6,7 +6,9 @@
                  row (int8). Embeddings, the logits' linear, routers and experts keep the model's
                  dtype.
     KV cache     2 x key/value heads x head size x bytes for every layer and token, in whole blocks;
-                 a layer with a sliding window needs no more tokens than its window.
+                 a layer with a sliding window needs no more tokens than its window. Quantized, a
+                 head's row takes 1 byte a value and 4 more (int8), half a byte and 4 (int4), or 1
+                 byte and 2 (fp8).
     activations  T x (2 x hidden + widest) x bytes + batch x vocabulary x (bytes + 4), with T the
                  tokens of the largest step. `widest` is the most that one attention or MLP block
                  holds at once, its fused projections and what goes into or out of them; the second
@@ -35,6 +37,7 @@ from smelt.models.skeleton import build
 from smelt.passes.quantize.spec import FORMATS, QuantSpec, Scheme
 from smelt.runtime import machine
 from smelt.runtime.errors import SmeltError, UserError
+from smelt.runtime.ops.cache_format import row_bytes
 
 from .options import DTYPES, CompileOptions
 
@@ -54,6 +57,7 @@ class MemoryPlan:
     parameters: int
     dtype: str
     quant: str
+    kv_cache: str
     ctx: int
     batch: int
     weights_bytes: int
@@ -82,8 +86,8 @@ def plan(
     """The memory plan of `model`: a folder, a config.json under any name, or a hub name.
 
     ctx: tokens of each of `batch` sequences; by default 4096 or the model's context. options: those
-    of `CompileOptions` (quant, format, group_size, dtype). Raises UserError for combinations that
-    do not work, and for a configuration that is no causal language model.
+    of `CompileOptions` (quant, format, group_size, kv_cache, dtype). Raises UserError for
+    combinations that do not work, and for a configuration that is no causal language model.
     """
     settings = CompileOptions(trust_remote_code=trust_remote_code, **options)
     if batch < 1:
@@ -101,7 +105,7 @@ def plan(
     plain, packed = weights_bytes(skeleton, settings.spec)
     if settings.spec.method != "none" and any(_is_experts(m) for m in skeleton.modules()):
         notes.append("experts stay unquantized: smelt does not quantize them yet")
-    per_layer = kv_bytes_per_layer(config, dtype)
+    per_layer = kv_bytes_per_layer(config, dtype, settings.kv_cache)
     tokens = [_held(ctx, window, settings.block_size) for window in layer_windows(config)]
     kv_bytes = batch * sum(b * t for b, t in zip(per_layer, tokens, strict=True))
     step = min(settings.max_tokens, batch * ctx)
@@ -119,6 +123,7 @@ def plan(
         parameters=sum(p.numel() for p in skeleton.parameters()),
         dtype=str(dtype).removeprefix("torch."),
         quant=settings.spec.label(),
+        kv_cache=settings.kv_cache,
         ctx=ctx,
         batch=batch,
         weights_bytes=packed,
@@ -275,12 +280,12 @@ def _is_experts(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Experts")
 
 
-def kv_bytes_per_layer(config: Any, dtype: torch.dtype) -> list[int]:
-    """Bytes of K and V that one token takes in each layer."""
+def kv_bytes_per_layer(config: Any, dtype: torch.dtype, kv_cache: str = "auto") -> list[int]:
+    """Bytes of K and V that one token takes in each layer, in cache format `kv_cache`."""
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return [2 * kv_heads * size * dtype.itemsize] * int(config.num_hidden_layers)
+    return [2 * kv_heads * row_bytes(size, kv_cache, dtype)] * int(config.num_hidden_layers)
 
 
 def layer_windows(config: Any) -> list[int]:

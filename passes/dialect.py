@@ -17,10 +17,11 @@ _TRACED = {"attention", "experts"}
 _SEMANTIC = _TRACED | {"rms_norm", "rope", "gated_activation"}
 _PACKED = {"linear_int2", "linear_int3", "linear_int4", "linear_int8"}
 _QUANTIZED = _SEMANTIC | _PACKED
-_CACHED = (_QUANTIZED - {"attention"}) | {"cached_attention"}
+_CACHED = (_QUANTIZED - {"attention"}) | {"cached_attention", "cached_attention_quantized"}
 _LOWERED = _CACHED | {
     "linear",
     "cached_attention_reference",
+    "cached_attention_quantized_reference",
     *(f"{name}_blocked" for name in _PACKED),
 }
 
@@ -31,7 +32,12 @@ ALLOWED: dict[Dialect, set[str]] = {
     Dialect.CACHED: _CACHED,
     Dialect.LOWERED: _LOWERED,
 }
-CACHE_OPERATORS = {"cached_attention", "cached_attention_reference"}
+CACHE_OPERATORS = {
+    "cached_attention",
+    "cached_attention_reference",
+    "cached_attention_quantized",
+    "cached_attention_quantized_reference",
+}
 
 
 class DialectError(SmeltError):
@@ -60,7 +66,7 @@ def _check_call(program: Program, node: fx.Node, allowed: set[str]) -> None:
         raise _violation(program, node, f"{node.target} is neither an ATen nor a smelt operator")
     if (
         program.dialect is Dialect.LOWERED
-        and name in _SEMANTIC | {"cached_attention"}
+        and name in _SEMANTIC | {"cached_attention", "cached_attention_quantized"}
         and "provider" not in node.meta
     ):
         raise _violation(program, node, f"smelt::{name} has no provider")

@@ -23,7 +23,7 @@ from smelt.runtime.ops.packing import block, block_int8, unblock, unblock_int8
 from smelt.runtime.ops.rope import rope
 
 from .base import Close, Pass, PassResult
-from .dialect import smelt_name
+from .dialect import CACHE_OPERATORS, smelt_name
 from .program import Dialect, Program, module_path
 from .rewrite import aten, shape
 from .weights import operation
@@ -49,6 +49,7 @@ Layout = Callable[..., tuple[torch.Tensor, ...]]
 PROVIDERS: dict[str, tuple[str, ...]] = {
     "linear": ("aten", "cpu", "reference"),
     "cached_attention": ("cpu", "reference"),
+    "cached_attention_quantized": ("cpu", "reference"),
     "experts": ("reference",),
     **dict.fromkeys(INLINED, ("inductor", "reference")),
     **dict.fromkeys(INLINED_LINEARS, ("cpu", "inductor", "reference")),
@@ -172,7 +173,7 @@ def _choose(program: Program, node: fx.Node, name: str, override: str | None) ->
         return "cpu", "matrix-vector kernel for few rows, aten.linear for many"
     if name in INLINED_LINEARS:
         return "cpu", "kernel over the blocked layout"
-    if name == "cached_attention":
+    if name in CACHE_OPERATORS:
         return "cpu", "kernel over the paged cache"
     return "reference", "no kernel yet"
 
@@ -185,8 +186,8 @@ def _apply(program: Program, node: fx.Node, name: str, provider: str) -> None:
         node.target = torch.ops.smelt.linear.default
         if len(node.args) < 3:
             node.args = (*node.args, None)
-    elif name == "cached_attention" and provider == "reference":
-        node.target = torch.ops.smelt.cached_attention_reference.default
+    elif name in CACHE_OPERATORS and provider == "reference":
+        node.target = getattr(torch.ops.smelt, name + "_reference").default
     elif name in INLINED_LINEARS and provider == "cpu":
         _blocked(program, node, name)
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-CONTRACT_VERSION = 1
+from .ops.cache_format import CACHE_FORMATS, row_bytes
+
+CONTRACT_VERSION = 2
 
 
 class ContractError(ValueError):
@@ -40,8 +42,12 @@ class CacheGroup:
 class CacheSpec:
     """Shapes and dtype of the paged key/value cache.
 
-    One tensor a layer, [blocks, 2, block_size, G, D]: index 0 of dimension 1 is K, 1 is V. The
-    number of blocks is the engine's choice at load time. heads and head_sizes are per layer.
+    One tensor a layer, [blocks, 2, block_size, G, width]: index 0 of dimension 1 is K, 1 is V. The
+    number of blocks is the engine's choice at load time. heads and head_sizes (D) are per layer.
+    format: "auto" holds D elements of `dtype`; the others hold quantized rows, bytes with the
+    row's scale behind them, in tensors of uint8 (runtime/ops/cache_format.py).
+
+    Raises ContractError for a format that is not known or does not fit the dtype.
     """
 
     block_size: int
@@ -49,6 +55,15 @@ class CacheSpec:
     heads: tuple[int, ...]
     head_sizes: tuple[int, ...]
     groups: tuple[CacheGroup, ...]
+    format: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.format not in CACHE_FORMATS:
+            raise ContractError(
+                f"cache format {self.format!r} is not known; known: {', '.join(CACHE_FORMATS)}"
+            )
+        if (self.format != "auto") != (self.dtype == "uint8"):
+            raise ContractError(f"a cache of format {self.format} cannot hold {self.dtype}")
 
     @property
     def layers(self) -> int:
@@ -60,16 +75,26 @@ class CacheSpec:
         assert isinstance(dtype, torch.dtype)
         return dtype
 
+    def shapes(self, blocks: int) -> list[tuple[int, int, int, int, int]]:
+        """The shape of each layer's cache tensor with so many blocks."""
+        itemsize = self.torch_dtype.itemsize
+        return [
+            (blocks, 2, self.block_size, g, row_bytes(d, self.format, self.torch_dtype) // itemsize)
+            for g, d in zip(self.heads, self.head_sizes, strict=True)
+        ]
+
     def bytes_per_token(self) -> int:
-        """Bytes of K and V that one token takes over all layers."""
-        size = self.torch_dtype.itemsize
-        return sum(2 * g * d * size for g, d in zip(self.heads, self.head_sizes, strict=True))
+        """Bytes of K and V that one token takes over all layers, scales included."""
+        return sum(
+            2 * g * row_bytes(d, self.format, self.torch_dtype)
+            for g, d in zip(self.heads, self.head_sizes, strict=True)
+        )
 
     def allocate(self, blocks: int, device: str | torch.device = "cpu") -> list[torch.Tensor]:
         """One zeroed cache tensor a layer. Zeroed, so that a masked read is never NaN times 0."""
         return [
-            torch.zeros(blocks, 2, self.block_size, g, d, dtype=self.torch_dtype, device=device)
-            for g, d in zip(self.heads, self.head_sizes, strict=True)
+            torch.zeros(shape, dtype=self.torch_dtype, device=device)
+            for shape in self.shapes(blocks)
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -89,6 +114,7 @@ class CacheSpec:
             tuple(data["heads"]),
             tuple(data["head_sizes"]),
             groups,
+            str(data["format"]),
         )
 
 

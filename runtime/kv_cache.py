@@ -72,17 +72,14 @@ def cache_blocks(
 
 
 def allocate_cache(spec: CacheSpec, blocks: int, device: torch.device) -> list[torch.Tensor]:
-    """One zeroed [blocks, 2, block_size, G, D] tensor a layer, as `CacheSpec.allocate` gives.
+    """One zeroed tensor a layer, as `CacheSpec.allocate` gives.
 
     On the CPU the pages come from the kernel when they are first touched: a large cache costs
     nothing at start (`torch.zeros` would write all of it), and memory only as it fills.
     """
     if device.type != "cpu" or sys.platform == "win32":
         return spec.allocate(blocks, device)
-    return [
-        _zeros((blocks, 2, spec.block_size, heads, size), spec.torch_dtype)
-        for heads, size in zip(spec.heads, spec.head_sizes, strict=True)
-    ]
+    return [_zeros(shape, spec.torch_dtype) for shape in spec.shapes(blocks)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

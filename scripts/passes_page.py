@@ -13,6 +13,7 @@ from typing import Any
 from smelt.compiler.manager import Stage
 from smelt.compiler.pipeline import OPT_LEVELS, PipelineConfig, pipeline
 from smelt.compiler.quantization import METHODS
+from smelt.passes.attention.quantize_kv_cache import QuantizeKvCache
 from smelt.passes.base import Close, Exact, Lossy, Pass
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,10 +65,10 @@ All of this is for the CPU. On a GPU it has not been measured.
 """
 
 
-def stages_of(opt: str, method: str | None = None) -> list[Stage]:
-    """The pipeline of a level, with a quantization method or none."""
+def stages_of(opt: str, method: str | None = None, kv_cache: str = "auto") -> list[Stage]:
+    """The pipeline of a level, with a quantization method or none, and a format of the cache."""
     quantize = Stage(METHODS[method](), METHODS[method].Options()) if method else None
-    return pipeline(PipelineConfig(opt, quantize))
+    return pipeline(PipelineConfig(opt, quantize, kv_cache=kv_cache))
 
 
 def all_passes() -> dict[str, tuple[Pass, str]]:
@@ -78,7 +79,8 @@ def all_passes() -> dict[str, tuple[Pass, str]]:
             levels.setdefault(stage.pass_.name, opt)
     found: dict[str, tuple[Pass, str]] = {}
     quantizers = {METHODS[m].name: (METHODS[m](), f"`--quant {m}`") for m in METHODS}
-    for stage in stages_of(OPT_LEVELS[-1], next(iter(METHODS))):
+    levels[QuantizeKvCache.name] = "`--kv-cache`"
+    for stage in stages_of(OPT_LEVELS[-1], next(iter(METHODS)), "int8"):
         name = stage.pass_.name
         if name in quantizers:
             found.update(quantizers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .cache_format import dequantize_rows, quantize_rows
 from .library import operator
 
 
@@ -114,12 +115,75 @@ def cached_attention(
     sequence brings in this step; earlier tokens are always seen, and the window does not apply
     within the tree.
     """
+    _write(kv_cache, slot_mapping, k.to(kv_cache.dtype), v.to(kv_cache.dtype))
+    return _attend_sequences(
+        *(q, k, kv_cache, None, query_start, seq_lens, block_table),
+        *(scale, window, softcap, sinks, tree_mask),
+    )
+
+
+_QUANTIZED_SCHEMA = _CACHED_SCHEMA.replace("Tensor? tree_mask)", "Tensor? tree_mask, str format)")
+
+
+@operator("cached_attention_quantized_reference" + _QUANTIZED_SCHEMA, _cached_attention_fake)
+@operator("cached_attention_quantized" + _QUANTIZED_SCHEMA, _cached_attention_fake)
+def cached_attention_quantized(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    tree_mask: torch.Tensor | None,
+    format: str,
+) -> torch.Tensor:
+    """`cached_attention` over a cache of `format` ("fp8", "int8", "int4": cache_format.py).
+
+    kv_cache uint8 [blocks, 2, block_size, G, row bytes], mutated in place. Every key and value is
+    read back from the cache in float32, those of this very step, too: what a row gives does not
+    depend on how the tokens before it were cut into steps.
+    """
+    _write(kv_cache, slot_mapping, quantize_rows(k, format), quantize_rows(v, format))
+    return _attend_sequences(
+        *(q, k, kv_cache, format, query_start, seq_lens, block_table),
+        *(scale, window, softcap, sinks, tree_mask),
+    )
+
+
+def _write(
+    kv_cache: torch.Tensor, slot_mapping: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> None:
+    """Rows k and v [T, G, width] to their slots; -1 writes nothing."""
     block_size = kv_cache.shape[2]
     written = slot_mapping >= 0
     slots = slot_mapping[written]
-    kv_cache[slots // block_size, 0, slots % block_size] = k[written].to(kv_cache.dtype)
-    kv_cache[slots // block_size, 1, slots % block_size] = v[written].to(kv_cache.dtype)
-    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
+    kv_cache[slots // block_size, 0, slots % block_size] = k[written]
+    kv_cache[slots // block_size, 1, slots % block_size] = v[written]
+
+
+def _attend_sequences(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    kv_cache: torch.Tensor,
+    format: str | None,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    tree_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of each sequence over its blocks; format: of quantized rows, None for elements."""
+    block_size, size = kv_cache.shape[2], k.shape[2]
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     for b, length in enumerate(lengths):
         first, last = starts[b], starts[b + 1]
@@ -128,6 +192,9 @@ def cached_attention(
         blocks = block_table[b, : -(-length // block_size)].long()
         keys = kv_cache[blocks, 0].flatten(0, 1)[:length]
         values = kv_cache[blocks, 1].flatten(0, 1)[:length]
+        if format is not None:
+            keys = dequantize_rows(keys, format, size)
+            values = dequantize_rows(values, format, size)
         key_positions = torch.arange(length, device=q.device)
         before = length - (last - first)
         visible = _causal(key_positions[before:], key_positions, window)

@@ -56,6 +56,13 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lone["weights_bytes"] == found["weights_bytes"]
 
 
+def test_the_format_of_the_cache(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, str(folder), "--kv-cache", "int8", "--json"))
+    assert found["kv_cache"] == "int8" and found["kv_bytes_per_token"] == 2 * 2 * 2 * (16 + 4)
+    assert "160 B a token, int8" in run(capsys, str(folder), "--kv-cache", "int8")
+    assert "--kv-cache int5" in run(capsys, str(folder), "--kv-cache", "int5", code=2)
+
+
 def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, str(folder), "--ctx", "100")
     for word in ("weights", "KV cache", "activations", "total", "fits: "):

@@ -11,6 +11,7 @@ from helpers.steps import Stepper
 from helpers.tiny import Subject, tiny_program
 
 from smelt.compiler.api import Stopped, compile_model
+from smelt.compiler.numerics import compare
 from smelt.runtime.artifact import open_artifact
 from smelt.runtime.batch import Batch
 from smelt.runtime.errors import UserError
@@ -58,6 +59,29 @@ def test_without_a_cache_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="without the pass insert-kv-cache there is no step"):
         compiled(tiny_program("llama"), tmp_path / "OUT", skip=("insert-kv-cache",))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantized_cache_without_a_cache_is_refused_before_anything_is_read(
+    tmp_path: Path,
+) -> None:
+    options = {"kv_cache": "int8", "skip": ("insert-kv-cache",)}
+    with pytest.raises(UserError, match="--kv-cache int8 and --skip insert-kv-cache"):
+        compile_model(tmp_path / "no-such-model", tmp_path / "OUT", **options)
+    with pytest.raises(UserError, match="--kv-cache int3: expected one of auto, fp8, int8, int4"):
+        compile_model(tmp_path / "no-such-model", tmp_path / "OUT", kv_cache="int3")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_artifact_with_a_quantized_cache(tmp_path: Path) -> None:
+    """Through the saved step, in pieces and with the numerics of every pass checked."""
+    subject = tiny_program("gemma2")
+    assert subject.logits is not None
+    options = {"kv_cache": "int8", "check_numerics": True}
+    opened = compiled(subject, tmp_path / "OUT", **options)
+    assert opened.caches.format == "int8"
+    stepper = Stepper(opened, {}, [subject.ids])  # type: ignore[arg-type]
+    found = torch.cat([stepper.step({0: n})[0] for n in (12, 1, 16)])
+    assert 0 < compare(found, subject.logits)["kl"] < 1e-5
 
 
 def test_a_pipeline_cut_short_leaves_nothing(tmp_path: Path) -> None:

@@ -55,6 +55,23 @@ def test_llama_2_7b(tmp_path: Path) -> None:
     assert found.fits == (parts <= found.memory_available_bytes)
 
 
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("auto", 1.0), ("int8", 1.94), ("int4", 3.76), ("fp8", 1.97)]
+)
+def test_a_quantized_cache_counts_its_scales(tmp_path: Path, name: str, ratio: float) -> None:
+    path = write(tmp_path, LLAMA_7B)
+    found, plain = plan(path, ctx=4096, kv_cache=name), plan(path, ctx=4096)
+    assert found.kv_cache == name
+    assert round(plain.kv_bytes_per_token / found.kv_bytes_per_token, 2) == ratio
+    assert found.kv_bytes == 4096 * found.kv_bytes_per_token
+    assert plain.total_bytes - found.total_bytes == plain.kv_bytes - found.kv_bytes
+
+
+def test_an_unknown_cache_format_names_the_known(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--kv-cache int3: expected one of auto, fp8, int8, int4"):
+        plan(write(tmp_path, LLAMA_7B), kv_cache="int3")
+
+
 def test_llama_2_70b_has_eight_key_value_heads(tmp_path: Path) -> None:
     config = {
         **LLAMA_7B,

@@ -120,6 +120,7 @@ def test_running_an_artifact_imports_no_compiler(awq: Path) -> None:
     [
         (("compile", "no/such/folder", "-o", "OUT"), "no folder"),
         (("compile", str(DEMO), "-o", "OUT", "--quant", "gguf"), "gguf"),
+        (("compile", str(DEMO), "-o", "OUT", "--kv-cache", "int3"), "auto, fp8, int8, int4"),
         (("compile", str(DEMO), "-o", "OUT", "--opt", "O7"), "O7"),
         (("compile", str(DEMO), "-o", "OUT", "--skip", "no-such-pass"), "no-such-pass"),
         (("generate", "OUT", "x"), "OUT"),

@@ -148,15 +148,20 @@ def _like(value: Any) -> Any:
 def _reference_attention(program: Program) -> Iterator[None]:
     """A pass promises numerics of the operator's reference. Another test may have loaded the
     kernels into this process, which then answer for the operator and sum in another order."""
-    nodes = program.calls(torch.ops.smelt.cached_attention.default)
-    for node in nodes:
-        node.target = torch.ops.smelt.cached_attention_reference.default
+    ops = torch.ops.smelt
+    references = {
+        ops.cached_attention.default: ops.cached_attention_reference.default,
+        ops.cached_attention_quantized.default: ops.cached_attention_quantized_reference.default,
+    }
+    nodes = {node: node.target for node in program.calls(*references)}
+    for node, target in nodes.items():
+        node.target = references[target]
     program.module.recompile()
     try:
         yield
     finally:
-        for node in nodes:
-            node.target = torch.ops.smelt.cached_attention.default
+        for node, target in nodes.items():
+            node.target = target
         program.module.recompile()
 
 

@@ -14,6 +14,7 @@ import torch
 
 import smelt.runtime.ops  # noqa: F401  (registers the operators)
 from smelt.runtime.batch import Batch, BatchLayout, CacheGroup, CacheSpec
+from smelt.runtime.ops.cache_format import dequantize_rows, quantize_rows
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -78,7 +79,10 @@ def rowwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class FakeStep:
-    """`StepProgram` over `FakeModel`: layer i sees windows[i] tokens (0: all)."""
+    """`StepProgram` over `FakeModel`: layer i sees windows[i] tokens (0: all).
+
+    format: of the cache; the oracle rounds what the cache would.
+    """
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class FakeStep:
         max_sequences: int = 8,
         max_position: int = 128,
         max_rows: int = 8,
+        format: str = "auto",
     ) -> None:
         self.model = model or FakeModel(layers=len(windows))
         self.windows = windows
@@ -99,7 +104,10 @@ class FakeStep:
             CacheGroup(f"w{w}", w, tuple(i for i, x in enumerate(windows) if x == w)) for w in kinds
         )
         layers = len(windows)
-        self.spec = CacheSpec(block_size, "float32", (KV_HEADS,) * layers, (SIZE,) * layers, groups)
+        dtype = "float32" if format == "auto" else "uint8"
+        self.spec = CacheSpec(
+            block_size, dtype, (KV_HEADS,) * layers, (SIZE,) * layers, groups, format
+        )
         self.group_of = [kinds.index(w) for w in windows]
         self.layout = BatchLayout(
             max_tokens, max_sequences, -(-max_position // block_size), max_rows, max_position
@@ -114,21 +122,15 @@ class FakeStep:
         for layer, window in enumerate(self.windows):
             q, k, v = model.heads(x, layer)
             group = self.group_of[layer]
-            attended = torch.ops.smelt.cached_attention(
-                q,
-                k,
-                v,
-                caches[layer],
-                batch.slot_mapping[group],
-                batch.query_start,
-                batch.seq_lens,
-                batch.block_tables[group],
-                SIZE**-0.5,
-                window,
-                0.0,
-                None,
-                None,
+            args = (
+                *(q, k, v, caches[layer], batch.slot_mapping[group]),
+                *(batch.query_start, batch.seq_lens, batch.block_tables[group]),
+                *(SIZE**-0.5, window, 0.0, None, None),
             )
+            if self.spec.format == "auto":
+                attended = torch.ops.smelt.cached_attention(*args)
+            else:
+                attended = torch.ops.smelt.cached_attention_quantized(*args, self.spec.format)
             x = model.output(x, attended, layer)
         return model.logits(x[batch.logits_rows])
 
@@ -138,6 +140,9 @@ class FakeStep:
         x = self.model.embed(ids, torch.arange(len(tokens)))
         for layer, window in enumerate(self.windows):
             q, k, v = self.model.heads(x, layer)
+            if self.spec.format != "auto":
+                name = self.spec.format
+                k, v = (dequantize_rows(quantize_rows(x, name), name, SIZE) for x in (k, v))
             attended = torch.ops.smelt.attention(q, k, v, SIZE**-0.5, window, 0.0, None)
             x = self.model.output(x, attended, layer)
         return self.model.logits(x)

@@ -33,8 +33,11 @@ class Stepper:
             order = torch.arange(count).flip(0).roll(group)
             self.tables.append(order.view(wide, len(sequences)).T.contiguous().to(torch.int32))
         self.caches = spec.allocate(count)
-        for cache in self.caches:
-            cache.normal_()  # what an unwritten slot holds must not matter
+        for cache in self.caches:  # what an unwritten slot holds must not matter
+            if cache.is_floating_point():
+                cache.normal_()
+            else:
+                cache.random_(0, 256)
         self.done = [0] * len(sequences)
 
     def step(self, chunks: Mapping[int, int]) -> dict[int, torch.Tensor]:

@@ -93,14 +93,44 @@ def test_caches_are_allocated_a_layer_each() -> None:
     assert spec.bytes_per_token() * spec.block_size == bytes_a_block
 
 
-def test_specification_and_layout_survive_json() -> None:
-    spec = sample_spec()
+@pytest.mark.parametrize(
+    ("name", "widths"), [("int8", (68, 36)), ("int4", (36, 20)), ("fp8", (66, 34))]
+)
+def test_quantized_caches_are_bytes_with_their_scales(name: str, widths: tuple[int, int]) -> None:
+    spec = replace(sample_spec(), dtype="uint8", format=name)
+    caches = spec.allocate(5)
+    wide, narrow = widths
+    shapes = [(5, 2, 16, 2, wide), (5, 2, 16, 2, narrow), (5, 2, 16, 4, wide)]
+    assert [tuple(cache.shape) for cache in caches] == shapes == spec.shapes(5)
+    assert all(cache.dtype == torch.uint8 for cache in caches)
+    assert spec.bytes_per_token() * spec.block_size == sum(cache[0].nbytes for cache in caches)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "message"),
+    [
+        ("uint8", "int3", "cache format 'int3' is not known; known: auto, fp8, int8, int4"),
+        ("bfloat16", "int8", "a cache of format int8 cannot hold bfloat16"),
+        ("uint8", "auto", "a cache of format auto cannot hold uint8"),
+    ],
+)
+def test_a_format_that_does_not_fit_is_refused(dtype: str, name: str, message: str) -> None:
+    with pytest.raises(ContractError, match=message):
+        replace(sample_spec(), dtype=dtype, format=name)
+
+
+@pytest.mark.parametrize("name", ["auto", "int4"])
+def test_specification_and_layout_survive_json(name: str) -> None:
+    dtype = "bfloat16" if name == "auto" else "uint8"
+    spec = replace(sample_spec(), dtype=dtype, format=name)
     assert CacheSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
     assert BatchLayout.from_json(json.loads(json.dumps(LAYOUT.to_json()))) == LAYOUT
     assert replace(LAYOUT, max_rows=6) != LAYOUT
 
 
-@pytest.mark.parametrize("field", ["block_size", "dtype", "heads", "head_sizes", "groups"])
+@pytest.mark.parametrize(
+    "field", ["block_size", "dtype", "heads", "head_sizes", "groups", "format"]
+)
 def test_a_specification_without_a_field_names_it(field: str) -> None:
     data = sample_spec().to_json()
     del data[field]

@@ -267,6 +267,13 @@ def samples() -> dict[str, tuple[Any, ...]]:
             *(heads(3), heads(3, G), heads(3, G), cache, torch.arange(3)),
             *(*sizes, blocks, 1.0, 0, 0.0, None, None),
         ),
+        **{
+            f"cached_attention_quantized{suffix}": (
+                *(heads(3), heads(3, G), heads(3, G), torch.zeros(2, 2, 4, G, D + 4).byte()),
+                *(torch.arange(3), *sizes, blocks, 1.0, 0, 0.0, None, None, "int8"),
+            )
+            for suffix in ("", "_reference")
+        },
         "rms_norm": (x, None, 1e-5, 0.0),
         "rope": (heads(3), table, table, False),
         "gated_activation": (x, x, "silu"),

@@ -159,30 +159,30 @@ inline void locate(const Attention& a, const Tile& t, int64_t first, int64_t cou
 }
 
 // Sixteen keys as columns: to[lane][j], zero where there is no key.
-template <class F, class T>
+template <class F, class R>
 inline void load_keys(const Attention& a, const int64_t* rows, float* to) {
-  const T* data = (const T*)a.cache.data;
+  const R keys((const typename R::Unit*)a.cache.data, rows, 16, a.size);
   const int64_t lanes = lanes_of<F>(a);
   for (int64_t d = 0; d < lanes; d += 16) {
     const int64_t feature = d * F::kFeatures;
     V square[16];
     for (int i = 0; i < 16; i++)
-      square[i] = rows[i] < 0 ? zero() : F::lanes(data + rows[i] + feature, a.size - feature);
+      square[i] = rows[i] < 0 ? zero() : keys.template lanes<F>(i, feature, a.size);
     transpose(square);
     for (int i = 0; i < 16; i++) store(to + (d + i) * kKeys, square[i]);
   }
 }
 
-template <class T>
+template <class R>
 inline void load_values(const Attention& a, const int64_t* rows, int64_t count, float* to) {
-  const T* data = (const T*)a.cache.data + a.cache.kv;
+  const R values((const typename R::Unit*)a.cache.data + a.cache.kv, rows, count, a.size);
   const int64_t width = round_up(a.size, 16);
   for (int64_t j = 0; j < count; j++, to += width) {
     if (rows[j] < 0) {
       for (int64_t d = 0; d < width; d += 16) store(to + d, zero());
     } else {
       for (int64_t d = 0; d < width; d += 16)
-        store(to + d, load_some(data + rows[j] + d, a.size - d));
+        store(to + d, values.template lanes<Floats>(j, d, a.size));
     }
   }
 }
@@ -205,12 +205,18 @@ inline void hide(const Attention& a, const Tile& t, int64_t row, int64_t first, 
 }
 
 // Scores to weights, in place, with the running maximum, sum and values of the row brought along.
+// A NaN among the scores stays in the sum: comparisons are written so that it is not left out.
 inline void soften(float* scores, State& s, int64_t row) {
   V best = load(scores);
   for (int j = 16; j < kKeys; j += 16) best = max(best, load(scores + j));
   const float before = s.max[row], most = largest(best);
-  if (!(most > kHidden)) {
-    for (int j = 0; j < kKeys; j += 16) store(scores + j, zero());
+  if (most == kHidden) {
+    V all = zero();
+    for (int j = 0; j < kKeys; j += 16) {
+      all = add(all, load(scores + j));
+      store(scores + j, zero());
+    }
+    if (sum(all) != kHidden) s.max[row] = s.sum[row] = __builtin_nanf("");
     return;
   }
   const float now = before > most ? before : most;
@@ -220,7 +226,7 @@ inline void soften(float* scores, State& s, int64_t row) {
     store(scores + j, weight);
     total = add(total, weight);
   }
-  if (now > before) {
+  if (!(now <= before)) {
     const float shrink = exp(before - now);
     s.sum[row] *= shrink;
     float* values = s.values + row * s.width;
@@ -231,24 +237,25 @@ inline void soften(float* scores, State& s, int64_t row) {
 }
 
 // Rows of one head lie far apart, which the hardware's own prefetching does not follow.
-template <class T>
+template <class R>
 inline void prefetch(const Attention& a, const int64_t* rows) {
-  const T* data = (const T*)a.cache.data;
+  const auto* data = (const typename R::Unit*)a.cache.data;
+  const int64_t bytes = R::bytes(a.size);
   for (int64_t j = 0; j < kKeys; j++) {
     if (rows[j] < 0) continue;
-    for (int64_t d = 0; d < a.size; d += 64 / (int64_t)sizeof(T)) {
-      __builtin_prefetch(data + rows[j] + d);
-      __builtin_prefetch(data + rows[j] + a.cache.kv + d);
+    for (int64_t d = 0; d < bytes; d += 64) {
+      __builtin_prefetch((const char*)(data + rows[j]) + d);
+      __builtin_prefetch((const char*)(data + rows[j] + a.cache.kv) + d);
     }
   }
 }
 
 // Products with the queries, scaled and capped, what a row must not see hidden.
-template <class F, class T>
+template <class F, class R>
 inline void score(const Attention& a, const Tile& t, const State& s, int64_t first, int64_t count,
                   const int64_t* rows, const float* queries, float* keys, float* scores) {
   const int64_t lanes = lanes_of<F>(a), columns = round_up(count, 16);
-  for (int64_t j = 0; j < columns; j += 16) load_keys<F, T>(a, rows + j, keys + j);
+  for (int64_t j = 0; j < columns; j += 16) load_keys<F, R>(a, rows + j, keys + j);
   product<F>(queries, lanes, keys, kKeys, scores, kKeys, s.rows, columns, lanes, false);
   for (int64_t r = 0; r < s.rows; r++) {
     float* row = scores + r * kKeys;
@@ -261,7 +268,7 @@ inline void score(const Attention& a, const Tile& t, const State& s, int64_t fir
   }
 }
 
-template <class F, class Q, class T>
+template <class F, class Q, class R>
 void chunk_of(const Attention& a, const Tile& t, int64_t chunk, State& s, float* scratch) {
   float* queries = scratch;
   float* scores = queries + s.rows * s.width;
@@ -282,11 +289,11 @@ void chunk_of(const Attention& a, const Tile& t, int64_t chunk, State& s, float*
     const int64_t count = smaller(kKeys, end - first);
     if (first + kKeys < end) {
       locate(a, t, first + kKeys, smaller(kKeys, end - first - kKeys), next);
-      if (s.rows <= 16) prefetch<T>(a, next);
+      if (s.rows <= 16) prefetch<R>(a, next);
     }
-    score<F, T>(a, t, s, first, count, rows, queries, keys, scores);
+    score<F, R>(a, t, s, first, count, rows, queries, keys, scores);
     for (int64_t r = 0; r < s.rows; r++) soften(scores + r * kKeys, s, r);
-    load_values<T>(a, rows, count, values);
+    load_values<R>(a, rows, count, values);
     product<Floats>(scores, kKeys, values, s.width, s.values, s.width, s.rows, s.width, count,
                     true);
     int64_t* swap = rows;
@@ -295,24 +302,39 @@ void chunk_of(const Attention& a, const Tile& t, int64_t chunk, State& s, float*
   }
 }
 
-void attention_chunk(const Attention& a, const Tile& t, int64_t chunk, void* state, void* scratch) {
+template <class R>
+void chunk_with(const Attention& a, const Tile& t, int64_t chunk, State& s, float* scratch) {
+  with_type(a.type, [&](auto* q) {
+    chunk_of<Floats, std::remove_pointer_t<decltype(q)>, R>(a, t, chunk, s, scratch);
+  });
+}
+
+void attention_chunk(const Attention& a, const Tile& t, int64_t chunk, void* state, void* memory) {
   State s = state_of(a, t, state);
+  float* scratch = (float*)memory;
+  switch (a.cache.form) {
+    case Form::Fp8:
+      return chunk_with<QuantizedRows<Form::Fp8>>(a, t, chunk, s, scratch);
+    case Form::Int8:
+      return chunk_with<QuantizedRows<Form::Int8>>(a, t, chunk, s, scratch);
+    case Form::Int4:
+      return chunk_with<QuantizedRows<Form::Int4>>(a, t, chunk, s, scratch);
+    case Form::Elements:
+      break;
+  }
 #if defined(SMELT_AVX512_BF16)
   if (a.type == Type::BF16 && a.cache.type == Type::BF16)
-    return chunk_of<Pairs, bf16, bf16>(a, t, chunk, s, (float*)scratch);
+    return chunk_of<Pairs, bf16, Elements<bf16>>(a, t, chunk, s, scratch);
 #endif
   with_type(a.cache.type, [&](auto* k) {
-    with_type(a.type, [&](auto* q) {
-      chunk_of<Floats, std::remove_pointer_t<decltype(q)>, std::remove_pointer_t<decltype(k)>>(
-          a, t, chunk, s, (float*)scratch);
-    });
+    chunk_with<Elements<std::remove_pointer_t<decltype(k)>>>(a, t, chunk, s, scratch);
   });
 }
 
 void attention_merge(const Attention& a, const Tile& t, void* into, const void* from) {
   State s = state_of(a, t, into), o = state_of(a, t, (void*)from);
   for (int64_t r = 0; r < s.rows; r++) {
-    if (!(o.max[r] > kHidden)) continue;
+    if (o.max[r] == kHidden) continue;
     const float now = s.max[r] > o.max[r] ? s.max[r] : o.max[r];
     const float mine = exp(s.max[r] - now), theirs = exp(o.max[r] - now);
     s.sum[r] = s.sum[r] * mine + o.sum[r] * theirs;
@@ -338,7 +360,7 @@ void attention_finish(const Attention& a, const Tile& t, void* state) {
         shrink = exp(s.max[r] - now);
         total = total * shrink + exp(a.sinks[head] - now);
       }
-      const float factor = total > 0 ? shrink / total : 0;
+      const float factor = total == 0 ? 0 : shrink / total;
       auto* out = (decltype(o))a.out + ((t.row + r / group) * a.heads + head) * a.size;
       for (int64_t d = 0; d < a.size; d += 16)
         store_some(out + d, mul(load(s.values + r * s.width + d), set1(factor)), a.size - d);

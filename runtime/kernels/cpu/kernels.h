@@ -36,10 +36,15 @@ struct Quantized {
   int64_t m, n, k, groups;
 };
 
-// Where one layer's cache lies; strides are in elements.
+// How a cache holds the values of a head's row (runtime/ops/cache_format.py): elements of a Type,
+// or bytes with the row's float16 parameters behind them.
+enum class Form : int { Elements, Fp8, Int8, Int4 };
+
+// Where one layer's cache lies; strides are in elements, of quantized rows in bytes.
 struct Cache {
   void* data;
-  Type type;
+  Form form;
+  Type type;  // of elements
   int64_t block, kv, slot, head;
   int64_t block_size;
 };
@@ -93,6 +98,8 @@ struct Kernels {
   void (*attention_merge)(const Attention&, const Tile&, void* into, const void* from);
   void (*attention_finish)(const Attention&, const Tile&, void* state);
   void (*convert)(Type from, const void* in, Type to, void* out, int64_t n);
+  // One row of n > 0 features in quantized form.
+  void (*quantize)(Type from, const void* in, Form form, void* out, int64_t n);
 };
 
 // The best set this machine has, or the one that SMELT_CPU_ISA names.

@@ -1,4 +1,4 @@
-// smelt::cached_attention on the CPU: writes the step's keys and values, then attends in tiles.
+// smelt::cached_attention and its form over a quantized cache on the CPU: writes the step's keys and values, then attends in tiles.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -6,6 +6,7 @@
 #include <cstring>
 #include <new>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -23,7 +24,9 @@ Tensor last_contiguous(const Tensor& x) { return x.stride(-1) == 1 ? x : x.conti
 void write(const Kernels& run, const Cache& cache, Type type, const Tensor& from, int64_t kv,
            const int64_t* slots, int64_t slot_count) {
   const int64_t heads = from.size(1), size = from.size(2);
-  const int64_t wide = from.element_size(), cache_wide = cache.type == Type::F32 ? 4 : 2;
+  const int64_t wide = from.element_size();
+  const bool elements = cache.form == Form::Elements;
+  const int64_t cache_wide = !elements ? 1 : cache.type == Type::F32 ? 4 : 2;
   const char* source = (const char*)from.const_data_ptr();
   for_pieces(from.size(0), 1, heads * size * wide, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
@@ -32,8 +35,13 @@ void write(const Kernels& run, const Cache& cache, Type type, const Tensor& from
       TORCH_CHECK(slots[i] < slot_count, "smelt: slot ", slots[i], " lies beyond the cache");
       for (int64_t h = 0; h < heads; h++) {
         const int64_t at = block * cache.block + kv * cache.kv + offset * cache.slot;
-        run.convert(type, source + (i * from.stride(0) + h * from.stride(1)) * wide, cache.type,
-                    (char*)cache.data + (at + h * cache.head) * cache_wide, size);
+        const char* row = source + (i * from.stride(0) + h * from.stride(1)) * wide;
+        char* to = (char*)cache.data + (at + h * cache.head) * cache_wide;
+        if (elements) {
+          run.convert(type, row, cache.type, to, size);
+        } else {
+          run.quantize(type, row, cache.form, to, size);
+        }
       }
     }
   });
@@ -141,18 +149,34 @@ void attend(const Kernels& run, const Attention& a, const Batch& batch) {
   }
 }
 
-void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache,
+// Bytes of a quantized row, as CacheFormat.row_bytes of runtime/ops/cache_format.py.
+int64_t row_bytes(Form form, int64_t size) {
+  return form == Form::Fp8 ? size + 2 : form == Form::Int8 ? size + 4 : (size + 1) / 2 + 4;
+}
+
+Form form_of(const std::string& format) {
+  if (format == "fp8") return Form::Fp8;
+  if (format == "int8") return Form::Int8;
+  TORCH_CHECK(format == "int4", "smelt: no cache format ", format);
+  return Form::Int4;
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache, Form form,
            const Tensor& slots, const Tensor& starts, const Tensor& lengths, const Tensor& table,
            const OptionalTensor& sinks, const OptionalTensor& tree) {
   const auto type = type_of(q.scalar_type());
-  TORCH_CHECK(type && type_of(cache.scalar_type()), "smelt: cached_attention takes float32, "
+  const bool elements = form == Form::Elements;
+  TORCH_CHECK(type && (elements ? type_of(cache.scalar_type()).has_value()
+                                : cache.scalar_type() == at::kByte),
+              "smelt: cached_attention takes float32, "
               "float16 or bfloat16, not ", q.scalar_type(), " with a cache of ",
               cache.scalar_type());
   TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
               "smelt: q, k and v differ in dtype");
   TORCH_CHECK(q.dim() == 3 && cache.dim() == 5 && k.sizes() == v.sizes() && k.dim() == 3 &&
                   k.size(0) == q.size(0) && k.size(2) == q.size(2) && cache.size(1) == 2 &&
-                  cache.size(3) == k.size(1) && cache.size(4) == k.size(2) &&
+                  cache.size(3) == k.size(1) && k.size(2) > 0 &&
+                  cache.size(4) == (elements ? k.size(2) : row_bytes(form, k.size(2))) &&
                   cache.stride(4) == 1 && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
               "smelt: q ", q.sizes(), ", k ", k.sizes(), " and cache ", cache.sizes(),
               " do not fit");
@@ -168,18 +192,20 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cach
                         tree->size(0) == q.size(0)), "smelt: tree_mask must be bool [T, W]");
 }
 
-Tensor cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_cache,
-                        const Tensor& slot_mapping, const Tensor& query_start,
+Tensor write_and_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_cache,
+                        Form form, const Tensor& slot_mapping, const Tensor& query_start,
                         const Tensor& seq_lens, const Tensor& block_table, double scale,
                         int64_t window, double softcap, const OptionalTensor& sinks,
                         const OptionalTensor& tree_mask) {
-  check(q, k, v, kv_cache, slot_mapping, query_start, seq_lens, block_table, sinks, tree_mask);
+  check(q, k, v, kv_cache, form, slot_mapping, query_start, seq_lens, block_table, sinks,
+        tree_mask);
   const Kernels& run = kernels();
   const Type type = *type_of(q.scalar_type());
   const Tensor queries = last_contiguous(q);
   Attention a{};
-  a.cache = {kv_cache.mutable_data_ptr(), *type_of(kv_cache.scalar_type()), kv_cache.stride(0),
-             kv_cache.stride(1), kv_cache.stride(2), kv_cache.stride(3), kv_cache.size(2)};
+  a.cache = {kv_cache.mutable_data_ptr(), form, type_of(kv_cache.scalar_type()).value_or(type),
+             kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), kv_cache.stride(3),
+             kv_cache.size(2)};
   const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
   const int64_t slot_count = kv_cache.size(0) * kv_cache.size(2);
   write(run, a.cache, type, last_contiguous(k), 0, slots, slot_count);
@@ -220,8 +246,30 @@ Tensor cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   return out;
 }
 
+Tensor cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_cache,
+                        const Tensor& slot_mapping, const Tensor& query_start,
+                        const Tensor& seq_lens, const Tensor& block_table, double scale,
+                        int64_t window, double softcap, const OptionalTensor& sinks,
+                        const OptionalTensor& tree_mask) {
+  return write_and_attend(q, k, v, kv_cache, Form::Elements, slot_mapping, query_start, seq_lens,
+                          block_table, scale, window, softcap, sinks, tree_mask);
+}
+
+Tensor cached_attention_quantized(const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& kv_cache, const Tensor& slot_mapping,
+                                  const Tensor& query_start, const Tensor& seq_lens,
+                                  const Tensor& block_table, double scale, int64_t window,
+                                  double softcap, const OptionalTensor& sinks,
+                                  const OptionalTensor& tree_mask, std::string format) {
+  return write_and_attend(q, k, v, kv_cache, form_of(format), slot_mapping, query_start, seq_lens,
+                          block_table, scale, window, softcap, sinks, tree_mask);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(smelt, CPU, m) { m.impl("cached_attention", cached_attention); }
+TORCH_LIBRARY_IMPL(smelt, CPU, m) {
+  m.impl("cached_attention", cached_attention);
+  m.impl("cached_attention_quantized", cached_attention_quantized);
+}
 
 }  // namespace smelt

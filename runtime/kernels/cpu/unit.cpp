@@ -14,6 +14,9 @@ struct f16 {
 struct bf16 {
   uint16_t bits;
 };
+struct e4m3 {
+  uint8_t bits;
+};
 
 }  // namespace
 }  // namespace SMELT_ISA
@@ -33,6 +36,7 @@ namespace {
 #include "dense.h"
 #include "weights.h"
 #include "quantized.h"
+#include "cache_rows.h"
 #include "attention.h"
 
 }  // namespace
@@ -45,7 +49,7 @@ const Kernels table = {
     SMELT_TEXT(SMELT_ISA), dense_scratch,    dense_prepare,   dense,
     quantized_scratch,     quantized_prepare, quantized_rows, quantized, dequantize,
     attention_scratch,     attention_state,   attention_chunk, attention_merge,
-    attention_finish,      convert,
+    attention_finish,      convert,           quantize,
 };
 
 }  // namespace SMELT_ISA

@@ -18,9 +18,12 @@ inline void load_pair(const f16* p, V& a, V& b) {
   b = load(p + 16);
 }
 
-// exp to about 2 ulp, exactly 0 below -87, for x <= 88.
+// x within low .. high; NaN stays NaN, because max and min give their second operand then.
+inline V between(float low, V x, float high) { return min(set1(high), max(set1(low), x)); }
+
+// exp to about 2 ulp, exactly 0 below -87, for x <= 88; NaN of NaN.
 inline V exp(V x) {
-  V bounded = min(max(x, set1(-87.0f)), set1(88.0f));
+  V bounded = between(-87.0f, x, 88.0f);
   V n = round(mul(bounded, set1(1.44269504088896341f)));
   V r = fma(n, set1(-0.693359375f), bounded);
   r = fma(n, set1(2.12194440e-4f), r);
@@ -31,7 +34,7 @@ inline V exp(V x) {
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
   p = fma(p, mul(r, r), add(r, set1(1.0f)));
-  return where_at_least(x, -87.0f, times_power_of_two(p, n));
+  return where_not_below(x, -87.0f, times_power_of_two(p, n));
 }
 inline float exp(float x) { 
   float lanes[16];
@@ -40,7 +43,7 @@ inline float exp(float x) {
 }
 
 inline V tanh(V x) {
-  V bounded = min(max(x, set1(-20.0f)), set1(20.0f));
+  V bounded = between(-20.0f, x, 20.0f);
   V e = exp(add(bounded, bounded));
   return sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
 }

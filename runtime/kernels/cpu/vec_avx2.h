@@ -42,10 +42,10 @@ inline __m256 power_of_two(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
 inline V times_power_of_two(V x, V n) { return mul(x, {power_of_two(n.a), power_of_two(n.b)}); }
-inline V where_at_least(V x, float limit, V a) {
+inline V where_not_below(V x, float limit, V a) {
   __m256 l = _mm256_set1_ps(limit);
-  return {_mm256_and_ps(_mm256_cmp_ps(x.a, l, _CMP_GE_OQ), a.a),
-          _mm256_and_ps(_mm256_cmp_ps(x.b, l, _CMP_GE_OQ), a.b)};
+  return {_mm256_and_ps(_mm256_cmp_ps(x.a, l, _CMP_NLT_UQ), a.a),
+          _mm256_and_ps(_mm256_cmp_ps(x.b, l, _CMP_NLT_UQ), a.b)};
 }
 
 inline V from_ints(__m256i a, __m256i b) { return {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}; }
@@ -78,6 +78,19 @@ inline __m256i rounded_to_bf16(__m256 a) {
 inline void store(bf16* p, V x) {
   __m256i both = _mm256_packus_epi32(rounded_to_bf16(x.a), rounded_to_bf16(x.b));
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(both, 0xd8));
+}
+// float8 e4m3 but for its NaN, which is never stored: as float16 bits it is 2^8 smaller.
+inline V load(const e4m3* p) {
+  __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load128(p)), 7);
+  __m256i h = _mm256_and_si256(wide, _mm256_set1_epi16((short)0xbf80));
+  V x = {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+  return mul(x, set1(256.0f));
+}
+// Sixteen values of four bits, the low half of a byte first.
+inline V load_u4(const uint8_t* p) {
+  const __m128i low = _mm_set1_epi8(15), x = _mm_loadl_epi64((const __m128i*)p);
+  __m128i q = _mm_unpacklo_epi8(_mm_and_si128(x, low), _mm_and_si128(_mm_srli_epi16(x, 4), low));
+  return from_ints(_mm256_cvtepu8_epi32(q), _mm256_cvtepu8_epi32(_mm_srli_si128(q, 8)));
 }
 
 inline void load_pair(const bf16* p, V& even, V& odd) {

@@ -20,9 +20,9 @@ inline float sum(V a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(V a) { return _mm512_reduce_max_ps(a.v); }
 inline V round(V a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline V times_power_of_two(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// a where x >= limit, else 0
-inline V where_at_least(V x, float limit, V a) {
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GE_OQ), a.v)};
+// 0 where x < limit, else a
+inline V where_not_below(V x, float limit, V a) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), a.v)};
 }
 
 inline V load(const bf16* p) {
@@ -46,6 +46,19 @@ inline void store(bf16* p, V a) {
   __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+// float8 e4m3 but for its NaN, which is never stored: as float16 bits it is 2^8 smaller.
+inline V load(const e4m3* p) {
+  __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+  __m256i h = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((short)0xbf80));
+  return mul({_mm512_cvtph_ps(h)}, set1(256.0f));
+}
+// Sixteen values of four bits, the low half of a byte first.
+inline V load_u4(const uint8_t* p) {
+  const __m128i low = _mm_set1_epi8(15), x = _mm_loadl_epi64((const __m128i*)p);
+  __m128i q = _mm_unpacklo_epi8(_mm_and_si128(x, low), _mm_and_si128(_mm_srli_epi16(x, 4), low));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q))};
 }
 
 // 32 neighbouring bfloat16 as the even and the odd ones: two operations, no shuffle.

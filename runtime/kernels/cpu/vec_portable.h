@@ -75,8 +75,8 @@ inline V round(const V& a) {
 inline V times_power_of_two(const V& a, const V& n) {
   return each([&](int i) { return a.f[i] * as_float((uint32_t)((int)n.f[i] + 127) << 23); });
 }
-inline V where_at_least(const V& x, float limit, const V& a) {
-  return each([&](int i) { return x.f[i] >= limit ? a.f[i] : 0.0f; });
+inline V where_not_below(const V& x, float limit, const V& a) {
+  return each([&](int i) { return x.f[i] < limit ? 0.0f : a.f[i]; });
 }
 
 inline V load(const bf16* p) {
@@ -119,6 +119,18 @@ inline void store(f16* p, const V& a) {
     }
     p[i].bits = (uint16_t)(sign | h);
   }
+}
+// float8 e4m3 but for its NaN, which is never stored.
+inline V load(const e4m3* p) {
+  return each([=](int i) {
+    uint32_t rest = (uint32_t)(p[i].bits & 0x7f) << 20;
+    float x = as_float(rest) * 1.329227995784916e+36f;  // 2^120: the exponent's bias, 7 to 127
+    return as_float(as_bits(x) | (uint32_t)(p[i].bits & 0x80) << 24);
+  });
+}
+// Sixteen values of four bits, the low half of a byte first.
+inline V load_u4(const uint8_t* p) {
+  return each([=](int i) { return (float)(p[i / 2] >> (i % 2 * 4) & 15); });
 }
 
 inline void load_pair(const bf16* p, V& even, V& odd) {

@@ -52,7 +52,10 @@ CASES = {
 }
 
 
-def _inputs(case: Case, dtype: torch.dtype) -> list[torch.Tensor | float | int | None]:
+Arguments = list[torch.Tensor | float | int | None]
+
+
+def _inputs(case: Case, dtype: torch.dtype) -> Arguments:
     """Arguments of cached_attention; blocks are spread over the cache at random."""
     lengths = [before + new for before, new in case.sequences]
     need = [-(-length // case.block_size) for length in lengths]
