@@ -15,6 +15,7 @@ from .progress import reporting
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or OWNER/NAME.")]
 OptionalStr = Optional[str]  # noqa: UP045  (typer evaluates annotations on Python 3.10)
 OptionalInt = Optional[int]  # noqa: UP045
+OptionalFloat = Optional[float]  # noqa: UP045
 OptionalPath = Optional[Path]  # noqa: UP045
 Names = Optional[list[str]]  # noqa: UP045
 
@@ -22,10 +23,16 @@ Names = Optional[list[str]]  # noqa: UP045
 def command(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the artifact.")],
-    quant: Annotated[str, typer.Option(help="none, rtn or awq.")] = "none",
-    format: Annotated[OptionalStr, typer.Option(help="int4 or int8.")] = None,
+    quant: Annotated[str, typer.Option(help="none, rtn, awq, smoothquant or fp8.")] = "none",
+    format: Annotated[OptionalStr, typer.Option(help="int4, int8 or fp8.")] = None,
     group_size: Annotated[
         OptionalInt, typer.Option(help="Weights that share a scale; 0 is a whole row.")
+    ] = None,
+    alpha: Annotated[
+        OptionalFloat, typer.Option(help="smoothquant's exponent, 0 to 1; searched if left out.")
+    ] = None,
+    activations: Annotated[
+        OptionalStr, typer.Option(help="smoothquant, fp8: dynamic (a scale a token) or static.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bf16, fp16, fp32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -65,6 +72,8 @@ def command(
             quant=quant,
             format=format,
             group_size=group_size,
+            alpha=alpha,
+            activations=activations,
             dtype=dtype,
             device=device,
             calib=calib,

@@ -175,9 +175,15 @@ def abilities(hardware: dict[str, Any], software: dict[str, Any]) -> dict[str, A
         "backends": backends,
         "devices": ["cpu", *(["cuda"] if cuda else [])],
         "cpu_kernels": kernels,
-        "quantization": ["none", "rtn int4", "rtn int8", "awq int4"],
+        "quantization": ["none", *_quantization()],
         "fastest": _fastest(hardware, works, bool(cuda)),
     }
+
+
+def _quantization() -> list[str]:
+    from smelt.passes.quantize.spec import METHODS
+
+    return [f"{method} {form}" for method, forms in METHODS.items() for form in forms]
 
 
 def _fastest(hardware: dict[str, Any], works: bool, cuda: bool) -> str:

@@ -19,7 +19,7 @@ Name = Annotated[
 def command(
     name: Name = None,
     opt: Annotated[str, typer.Option(help="O0, O1 or O2.")] = "O2",
-    quant: Annotated[str, typer.Option(help="none, rtn or awq.")] = "none",
+    quant: Annotated[str, typer.Option(help="none, rtn, awq, smoothquant or fp8.")] = "none",
 ) -> None:
     """The resolved pass pipeline, or one pass's page."""
     from smelt.compiler.manager import Stage

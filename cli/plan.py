@@ -26,14 +26,24 @@ def command(
         ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Sequences at once.")] = 1,
-    quant: Annotated[str, typer.Option("--quant", help="none, rtn or awq.")] = "none",
+    quant: Annotated[
+        str, typer.Option("--quant", help="none, rtn, awq, smoothquant or fp8.")
+    ] = "none",
     format: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--format", help="int4 or int8.", show_default=False),
+        typer.Option("--format", help="int4, int8 or fp8.", show_default=False),
     ] = None,
     group_size: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("--group-size", help="Weights that share a scale.", show_default=False),
+    ] = None,
+    alpha: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--alpha", help="smoothquant's exponent.", show_default=False),
+    ] = None,
+    activations: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--activations", help="dynamic or static.", show_default=False),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32.")] = "auto",
     trust_remote_code: Annotated[
@@ -54,6 +64,8 @@ def command(
         quant=quant,
         format=format,
         group_size=group_size,
+        alpha=alpha,
+        activations=activations,
         dtype=dtype,
     )
     if as_json:

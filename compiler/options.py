@@ -27,6 +27,8 @@ class CompileOptions:
     quant: str = "none"
     format: str | None = None
     group_size: int | None = None
+    alpha: float | None = None
+    activations: str | None = None
     dtype: str = "auto"
     device: str = "cpu"
     calib: str = "builtin"
@@ -62,6 +64,7 @@ class CompileOptions:
         extra: dict[str, Any] = {"format": self.format} if self.format else {}
         if self.group_size is not None:
             extra["group_size"] = self.group_size
+        extra |= {"alpha": self.alpha, "activations": self.activations or ""}
         object.__setattr__(self, "spec", QuantSpec(self.quant, **extra))
         if self.dump is not None:
             object.__setattr__(self, "dump", Path(self.dump))

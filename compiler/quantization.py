@@ -6,14 +6,34 @@ from pathlib import Path
 from typing import Any
 
 from smelt.passes.base import Pass
-from smelt.passes.quantize import AwqOptions, QuantizeAwq, QuantizeRtn, RtnOptions
+from smelt.passes.quantize import (
+    AwqOptions,
+    Fp8Options,
+    QuantizeAwq,
+    QuantizeFp8,
+    QuantizeRtn,
+    QuantizeSmoothQuant,
+    RtnOptions,
+    SmoothQuantOptions,
+)
 from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import UserError
 
 from .manager import Progress, Stage
 from .options import CompileOptions
 
-METHODS: dict[str, type[Pass]] = {"rtn": QuantizeRtn, "awq": QuantizeAwq}
+METHODS: dict[str, type[Pass]] = {
+    "rtn": QuantizeRtn,
+    "awq": QuantizeAwq,
+    "smoothquant": QuantizeSmoothQuant,
+    "fp8": QuantizeFp8,
+}
+# Options of the methods that may run text through the model.
+_CALIBRATED: dict[str, type[Any]] = {
+    "awq": AwqOptions,
+    "smoothquant": SmoothQuantOptions,
+    "fp8": Fp8Options,
+}
 
 
 def quantize_stage(
@@ -33,15 +53,18 @@ def quantize_stage(
         return None
     if settings.spec.method == "rtn":
         return Stage(QuantizeRtn(), RtnOptions(settings.spec))
+    quantizer, options = METHODS[settings.spec.method], _CALIBRATED[settings.spec.method]
+    if not settings.spec.needs_calibration:
+        return Stage(quantizer(), options(settings.spec))
     calibration = _calibration(settings, folder, context)
 
     def calibrating(layer: str, done: int, total: int) -> None:
         progress("calibrate", done, total)
 
-    options = AwqOptions(
+    given = options(
         settings.spec, samples=calibration.token_lists, source=source, progress=calibrating
     )
-    return Stage(QuantizeAwq(), options)
+    return Stage(quantizer(), given)
 
 
 def _calibration(settings: CompileOptions, folder: Path | None, context: int) -> Any:

@@ -15,7 +15,7 @@ smelt = torch.ops.smelt
 
 _TRACED = {"attention", "experts"}
 _SEMANTIC = _TRACED | {"rms_norm", "rope", "gated_activation"}
-_QUANTIZED = _SEMANTIC | {"linear_int4", "linear_int8"}
+_QUANTIZED = _SEMANTIC | {"linear_int4", "linear_int8", "linear_w8a8", "linear_fp8"}
 _CACHED = (_QUANTIZED - {"attention"}) | {"cached_attention"}
 _LOWERED = (_CACHED - {"linear_int4", "linear_int8"}) | {
     "linear",
@@ -24,6 +24,8 @@ _LOWERED = (_CACHED - {"linear_int4", "linear_int8"}) | {
     "cached_attention_reference",
     "linear_int4_blocked",
     "linear_int8_blocked",
+    "linear_w8a8_blocked",
+    "linear_fp8_blocked",
 }
 
 ALLOWED: dict[Dialect, set[str]] = {

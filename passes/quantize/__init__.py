@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from .awq import AwqOptions, QuantizeAwq
+from .fp8 import Fp8Options, QuantizeFp8
 from .rtn import QuantizeRtn, RtnOptions
+from .smoothquant import QuantizeSmoothQuant, SmoothQuantOptions
 from .spec import QuantSpec, Scheme
 
-__all__ = ["AwqOptions", "QuantSpec", "QuantizeAwq", "QuantizeRtn", "RtnOptions", "Scheme"]
+__all__ = [
+    "AwqOptions",
+    "Fp8Options",
+    "QuantSpec",
+    "QuantizeAwq",
+    "QuantizeFp8",
+    "QuantizeRtn",
+    "QuantizeSmoothQuant",
+    "RtnOptions",
+    "Scheme",
+    "SmoothQuantOptions",
+]

@@ -8,6 +8,7 @@ from typing import Any
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
 
+from .fp8 import kernel_of, to_fp8
 from .linears import find_linears, to_quantized
 from .spec import QuantSpec
 from .verdict import Verdict, group_note, group_size, left_alone, left_experts, parameters, summary
@@ -32,18 +33,18 @@ class QuantizeRtn(Pass):
 
     After::
 
-        y = smelt::linear_int4(x, qweight, scales, zeros, bias)      # or linear_int8
+        y = smelt::linear_int4(x, qweight, scales, zeros, bias)      # or linear_int8, linear_fp8
 
     and the weight plan makes qweight, scales and zeros from the weight in one quantize step.
 
     Legal for any linear over a planned floating-point weight that nothing else reads. The logits'
     linear, routers and layers under `min_features` stay as they are. Pays because a decode step
     reads every weight once: a quarter of the bytes at int4 (4.25 bits with groups of 128), half
-    at int8.
+    at int8 and fp8 (e4m3, inputs left as they are).
     """
 
     name = "quantize-rtn"
-    summary = "round linear weights to int4 or int8"
+    summary = "round linear weights to int4, int8 or fp8"
     requires = Dialect.SEMANTIC
     produces = Dialect.QUANTIZED
     numerics = Lossy()
@@ -64,7 +65,8 @@ class QuantizeRtn(Pass):
                 result.decline(linear.node, linear.reason)
                 result.notes.append(left_alone(linear).to_json())
                 continue
-            to_quantized(program, linear)
+            fp8 = linear.scheme.format == "fp8"
+            to_fp8(program, linear) if fp8 else to_quantized(program, linear)
             result.rewritten += max(1, len(linear.sources))
             verdict = Verdict(
                 linear.layer,
@@ -73,6 +75,7 @@ class QuantizeRtn(Pass):
                 group_size(linear),
                 linear.parameters,
                 reason=group_note(linear),
+                kernel=kernel_of(program.target) if fp8 else None,
             )
             result.notes.append(verdict.to_json())
         left_experts(program, result)
