@@ -1,8 +1,8 @@
 """Linear layers with e4m3 weights: weight only, or with the input rounded to e4m3 as well.
 
 e4m3 is float8_e4m3fn of the OCP 8-bit floating point specification: no infinity, one NaN, largest
-value 448, smallest 2^-9. Values are clamped to -448..448 before they are converted, because the
-conversion itself gives NaN beyond.
+value 448, smallest 2^-9. Values are clamped to -448..448 before they are converted: what the
+conversion itself makes of larger ones, 448 or NaN, depends on the version and device of torch.
 
 qweight float8_e4m3fn [N, K] and scales float32, weight = qweight * scale:
 
