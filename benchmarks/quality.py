@@ -49,6 +49,14 @@ SCHEMES = (
     *(QuantSpec(method, "int4", size) for size in (32, 64, 128) for method in METHODS),
     *(QuantSpec(method, "int3", size) for size in (32, 128) for method in METHODS),
     QuantSpec("rtn", "int2", 32),
+    QuantSpec("smoothquant", alpha=0.0),
+    QuantSpec("smoothquant"),
+    QuantSpec("smoothquant", alpha=0.0, activations="static"),
+    QuantSpec("smoothquant", activations="static"),
+    QuantSpec("rtn", "fp8"),
+    QuantSpec("fp8"),
+    QuantSpec("fp8", activations="static"),
+    QuantSpec("fp8", group_size=128),
 )
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 
@@ -104,7 +112,8 @@ def stored_bytes(program: Program) -> int:
     total = 0
     for name in program.used_weights():
         spec = program.weights.specs[name]
-        wide = spec.dtype.is_floating_point and spec.dtype.itemsize > 2
+        scale = name.partition("@")[0].endswith((".scales", ".input_scale"))
+        wide = spec.dtype.is_floating_point and spec.dtype.itemsize > 2 and not scale
         total += spec.nbytes * 2 // spec.dtype.itemsize if wide else spec.nbytes
     return total
 

@@ -23,14 +23,20 @@ Names = Optional[list[str]]  # noqa: UP045
 def command(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the artifact.")],
-    quant: Annotated[str, typer.Option(help="none, rtn, awq or gptq.")] = "none",
-    format: Annotated[OptionalStr, typer.Option(help="int4, int8, int3 or int2.")] = None,
+    quant: Annotated[str, typer.Option(help="none, rtn, awq, gptq, smoothquant or fp8.")] = "none",
+    format: Annotated[OptionalStr, typer.Option(help="int4, int8, int3, int2 or fp8.")] = None,
     group_size: Annotated[
         OptionalInt, typer.Option(help="Weights that share a scale; 0 is a whole row.")
     ] = None,
     kv_cache: Annotated[
         str, typer.Option("--kv-cache", help="auto (the model's dtype), fp8, int8 or int4.")
     ] = "auto",
+    alpha: Annotated[
+        OptionalFloat, typer.Option(help="smoothquant's exponent, 0 to 1; searched if left out.")
+    ] = None,
+    activations: Annotated[
+        OptionalStr, typer.Option(help="smoothquant, fp8: dynamic (a scale a token) or static.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bf16, fp16, fp32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     calib: Annotated[str, typer.Option(help="FILE.txt, FILE.jsonl or builtin.")] = "builtin",
@@ -77,6 +83,8 @@ def command(
             format=format,
             group_size=group_size,
             kv_cache=kv_cache,
+            alpha=alpha,
+            activations=activations,
             dtype=dtype,
             device=device,
             calib=calib,

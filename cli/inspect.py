@@ -48,6 +48,8 @@ def _print_overview(manifest: Any) -> None:
     print(f"KV cache  {size(memory['kv_bytes_per_token'])} a token, {held}")
     spec = manifest.quant
     quant = "none" if spec["method"] == "none" else f"{spec['method']} {spec['format']}"
+    if spec.get("activations", "none") != "none":
+        quant += f", {spec['activations']} activations"
     print(f"quant     {quant}, computes in {model['dtype']}")
     print(f"runs on   {target['device']}, {target['machine']}, torch {target['torch']}")
     print(f"backend   {manifest.backend}, made {manifest.build.get('date')}")

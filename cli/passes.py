@@ -19,7 +19,7 @@ Name = Annotated[
 def command(
     name: Name = None,
     opt: Annotated[str, typer.Option(help="O0, O1 or O2.")] = "O2",
-    quant: Annotated[str, typer.Option(help="none, rtn, awq or gptq.")] = "none",
+    quant: Annotated[str, typer.Option(help="none, rtn, awq, gptq, smoothquant or fp8.")] = "none",
     kv_cache: Annotated[str, typer.Option("--kv-cache", help="auto, fp8, int8 or int4.")] = "auto",
 ) -> None:
     """The resolved pass pipeline, or one pass's page."""

@@ -26,10 +26,12 @@ def command(
         ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Sequences at once.")] = 1,
-    quant: Annotated[str, typer.Option("--quant", help="none, rtn, awq or gptq.")] = "none",
+    quant: Annotated[
+        str, typer.Option("--quant", help="none, rtn, awq, gptq, smoothquant or fp8.")
+    ] = "none",
     format: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--format", help="int4, int8, int3 or int2.", show_default=False),
+        typer.Option("--format", help="int4, int8, int3, int2 or fp8.", show_default=False),
     ] = None,
     group_size: Annotated[
         Optional[int],  # noqa: UP045
@@ -38,6 +40,14 @@ def command(
     kv_cache: Annotated[
         str, typer.Option("--kv-cache", help="auto (the model's dtype), fp8, int8 or int4.")
     ] = "auto",
+    alpha: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--alpha", help="smoothquant's exponent.", show_default=False),
+    ] = None,
+    activations: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--activations", help="dynamic or static.", show_default=False),
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32.")] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code of the model's folder.")
@@ -58,6 +68,8 @@ def command(
         format=format,
         group_size=group_size,
         kv_cache=kv_cache,
+        alpha=alpha,
+        activations=activations,
         dtype=dtype,
     )
     if as_json:

@@ -109,7 +109,7 @@ def write_weights(program: Program, source: TensorSource, folder: Path, progress
 
     for done, (name, value) in enumerate(program.weights.materialize(names, source)):
         progress("weights", done, len(names))
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if value.is_floating_point() and not _finite(value):
             raise SmeltError(f"weight {name} holds NaN or infinity; is the checkpoint damaged?")
         shard[name] = _own(value)
         size += value.nbytes
@@ -121,6 +121,11 @@ def write_weights(program: Program, source: TensorSource, folder: Path, progress
     if len(files) == 1:
         os.replace(files[0], folder / "weights.safetensors")
     return total
+
+
+def _finite(value: torch.Tensor) -> bool:
+    """torch.isfinite does not take the eight-bit floats."""
+    return bool(torch.isfinite(value.float() if value.itemsize == 1 else value).all())
 
 
 def _own(value: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,8 @@ class CompileOptions:
     format: str | None = None
     group_size: int | None = None
     kv_cache: str = "auto"
+    alpha: float | None = None
+    activations: str | None = None
     dtype: str = "auto"
     device: str = "cpu"
     calib: str = "builtin"
@@ -75,6 +77,7 @@ class CompileOptions:
         extra: dict[str, Any] = {"format": self.format} if self.format else {}
         if self.group_size is not None:
             extra["group_size"] = self.group_size
+        extra |= {"alpha": self.alpha, "activations": self.activations or ""}
         object.__setattr__(self, "spec", QuantSpec(self.quant, **extra))
         text = None if self.gate_text is None else Path(self.gate_text)
         object.__setattr__(self, "gate", Gate(self.max_kl, self.max_ppl_ratio, text))

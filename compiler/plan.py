@@ -3,7 +3,8 @@
     weights      every parameter of the module, once where tied, in the model's dtype; a linear that
                  the method quantizes counts its bits a weight with a bfloat16 scale and a byte of
                  zero point a group (int4, int3, int2), or 8 bits with a bfloat16 scale a group or
-                 row (int8). Embeddings, the logits' linear, routers and experts keep the model's
+                 row (int8; a float32 scale a row for smoothquant and fp8, or one for 128 x 128
+                 weights). Embeddings, the logits' linear, routers and experts keep the model's
                  dtype.
     KV cache     2 x key/value heads x head size x bytes for every layer and token, in whole blocks;
                  a layer with a sliding window needs no more tokens than its window. Quantized, a
@@ -86,7 +87,8 @@ def plan(
     """The memory plan of `model`: a folder, a config.json under any name, or a hub name.
 
     ctx: tokens of each of `batch` sequences; by default 4096 or the model's context. options: those
-    of `CompileOptions` (quant, format, group_size, kv_cache, dtype). Raises UserError for
+    of `CompileOptions` (quant, format, group_size, alpha, activations, kv_cache, dtype). Raises
+    UserError for
     combinations that do not work, and for a configuration that is no causal language model.
     """
     settings = CompileOptions(trust_remote_code=trust_remote_code, **options)
@@ -248,6 +250,11 @@ def quantized(n: int, k: int, scheme: Scheme) -> int:
     """Bytes of a linear of N rows and K features in canonical packed form."""
     groups = scheme.groups(k)
     form = FORMATS[scheme.format]
+    if scheme.format == "fp8":
+        size = scheme.group_size
+        return n * k + 4 * (-(-n // size) * -(-k // size) if size else n)
+    if scheme.activations != "none":
+        return n * (k + 4)
     return n * (-(-k * form.bits // 8) + (2 if form.symmetric else 3) * groups)
 
 

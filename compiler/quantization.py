@@ -9,12 +9,16 @@ from typing import Any
 from smelt.passes.base import Pass
 from smelt.passes.quantize import (
     AwqOptions,
+    Fp8Options,
     GptqOptions,
     QuantizeAwq,
+    QuantizeFp8,
     QuantizeGptq,
     QuantizeRtn,
+    QuantizeSmoothQuant,
     QuantSpec,
     RtnOptions,
+    SmoothQuantOptions,
 )
 from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import UserError
@@ -26,10 +30,15 @@ METHODS: dict[str, type[Pass]] = {
     "rtn": QuantizeRtn,
     "awq": QuantizeAwq,
     "gptq": QuantizeGptq,
+    "smoothquant": QuantizeSmoothQuant,
+    "fp8": QuantizeFp8,
 }
-_CALIBRATED: dict[str, type[AwqOptions] | type[GptqOptions]] = {
+# Options of the methods that may run text through the model.
+_CALIBRATED: dict[str, type[Any]] = {
     "awq": AwqOptions,
     "gptq": GptqOptions,
+    "smoothquant": SmoothQuantOptions,
+    "fp8": Fp8Options,
 }
 
 

@@ -18,6 +18,8 @@ from smelt.runtime.ops.linear import (
     linear_int4,
     linear_int8,
 )
+from smelt.runtime.ops.linear_fp8 import block_fp8, unblock_fp8
+from smelt.runtime.ops.linear_w8a8 import block_w8a8, unblock_w8a8
 from smelt.runtime.ops.norm import rms_norm
 from smelt.runtime.ops.packing import block, block_int8, unblock, unblock_int8
 from smelt.runtime.ops.rope import rope
@@ -41,6 +43,8 @@ INLINED_LINEARS: dict[str, Callable[..., Any]] = {
     "linear_int4": linear_int4,
     "linear_int8": linear_int8,
 }
+# Linears that quantize their input: a kernel of ours or the reference, never dequantized.
+QUANTIZED_INPUT = ("linear_w8a8", "linear_fp8")
 
 
 Layout = Callable[..., tuple[torch.Tensor, ...]]
@@ -53,6 +57,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "experts": ("reference",),
     **dict.fromkeys(INLINED, ("inductor", "reference")),
     **dict.fromkeys(INLINED_LINEARS, ("cpu", "inductor", "reference")),
+    **dict.fromkeys(QUANTIZED_INPUT, ("cpu", "reference")),
 }
 
 
@@ -81,6 +86,28 @@ def _block_int8(
     return block_int8(qweight, scales)
 
 
+@operation("block_w8a8")
+def _block_w8a8(qweight: torch.Tensor, *, n: int, k: int) -> tuple[torch.Tensor, ...]:
+    return (block_w8a8(qweight),)
+
+
+@operation("block_fp8")
+def _block_fp8(
+    qweight: torch.Tensor, scales: torch.Tensor, *, n: int, block: int
+) -> tuple[torch.Tensor, ...]:
+    return block_fp8(qweight, scales, block)
+
+
+def _unblock_w8a8(packed: torch.Tensor, *, n: int, k: int) -> tuple[torch.Tensor, ...]:
+    return (unblock_w8a8(packed, n, k),)
+
+
+def _unblock_fp8(
+    packed: torch.Tensor, scales: torch.Tensor, *, n: int, block: int
+) -> tuple[torch.Tensor, ...]:
+    return unblock_fp8(packed, scales, n, block)
+
+
 def _unblock_int8(
     packed: torch.Tensor, scales: torch.Tensor, *, n: int, k: int
 ) -> tuple[torch.Tensor, ...]:
@@ -88,7 +115,11 @@ def _unblock_int8(
 
 
 # From a provider's layout back to the canonical form, by the name of the layout step.
-INVERSES: dict[str, Layout] = {"block_int8": _unblock_int8}
+INVERSES: dict[str, Layout] = {
+    "block_int8": _unblock_int8,
+    "block_w8a8": _unblock_w8a8,
+    "block_fp8": _unblock_fp8,
+}
 for _bits in GROUPED_BITS:
     _block(_bits)
     INVERSES[f"block_int{_bits}"] = _unblock(_bits)
@@ -173,6 +204,10 @@ def _choose(program: Program, node: fx.Node, name: str, override: str | None) ->
         return "cpu", "matrix-vector kernel for few rows, aten.linear for many"
     if name in INLINED_LINEARS:
         return "cpu", "kernel over the blocked layout"
+    if name == "linear_w8a8":
+        return "cpu", "integer dot products over the blocked layout"
+    if name == "linear_fp8":
+        return "cpu", "kernel that widens e4m3 to float32: the CPU has no fp8 arithmetic"
     if name in CACHE_OPERATORS:
         return "cpu", "kernel over the paged cache"
     return "reference", "no kernel yet"
@@ -190,6 +225,10 @@ def _apply(program: Program, node: fx.Node, name: str, provider: str) -> None:
         node.target = getattr(torch.ops.smelt, name + "_reference").default
     elif name in INLINED_LINEARS and provider == "cpu":
         _blocked(program, node, name)
+    elif name == "linear_w8a8" and provider == "cpu":
+        _blocked_w8a8(program, node)
+    elif name == "linear_fp8" and provider == "cpu":
+        _blocked_fp8(program, node)
 
 
 def _blocked(program: Program, node: fx.Node, name: str) -> None:
@@ -205,6 +244,39 @@ def _blocked(program: Program, node: fx.Node, name: str) -> None:
     with program.graph.inserting_before(node):
         args = (x, *(program.weight(w) for w in laid_out), bias, n)
         new = program.call(kernel, args, like=node)
+    new.meta["provider"] = "cpu"
+    program.replace(node, new)
+    program.graph.erase_node(node)
+
+
+def _blocked_w8a8(program: Program, node: fx.Node) -> None:
+    x, qweight, *rest = node.args
+    name = program.weight_name(qweight) or ""
+    sizes = {"n": int(shape(node)[-1]), "k": int(shape(x)[-1])}
+    (packed,) = program.weights.add("block_w8a8", [f"{name}.blocked"], [name], **sizes)
+    kernel = torch.ops.smelt.linear_w8a8_blocked.default
+    _put_instead(program, node, kernel, lambda: (x, program.weight(packed), *rest))
+
+
+def _blocked_fp8(program: Program, node: fx.Node) -> None:
+    x, qweight, scales, *rest = node.args
+    names = [program.weight_name(w) or "" for w in (qweight, scales)]
+    n, block = int(shape(node)[-1]), rest[-1]
+    laid_out = program.weights.add(
+        "block_fp8", [f"{name}.blocked" for name in names], names, n=n, block=block
+    )
+    kernel = torch.ops.smelt.linear_fp8_blocked.default
+    _put_instead(
+        program, node, kernel, lambda: (x, *(program.weight(w) for w in laid_out), *rest, n)
+    )
+
+
+def _put_instead(
+    program: Program, node: fx.Node, kernel: Any, arguments: Callable[[], tuple[Any, ...]]
+) -> None:
+    """Replace `node` by a call of the CPU's kernel; arguments are made where it stands."""
+    with program.graph.inserting_before(node):
+        new = program.call(kernel, arguments(), like=node)
     new.meta["provider"] = "cpu"
     program.replace(node, new)
     program.graph.erase_node(node)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from .awq import AwqOptions, QuantizeAwq
+from .fp8 import Fp8Options, QuantizeFp8
 from .gptq import GptqOptions, QuantizeGptq
 from .rtn import QuantizeRtn, RtnOptions
+from .smoothquant import QuantizeSmoothQuant, SmoothQuantOptions
 from .spec import QuantSpec, Scheme
 
 __all__ = [
     "AwqOptions",
+    "Fp8Options",
     "GptqOptions",
     "QuantSpec",
     "QuantizeAwq",
+    "QuantizeFp8",
     "QuantizeGptq",
     "QuantizeRtn",
+    "QuantizeSmoothQuant",
     "RtnOptions",
     "Scheme",
+    "SmoothQuantOptions",
 ]

@@ -24,7 +24,9 @@ from smelt.runtime.errors import SmeltError
 from .groups import Group
 
 Progress = Callable[[str, int, int], None]
-Choose = Callable[[Group, list[torch.Tensor], "Statistics"], list[torch.Tensor]]
+# What a linear goes on with: a weight, or a function of (x, bias) where the input is quantized too.
+Replacement = torch.Tensor | Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+Choose = Callable[[Group, list[torch.Tensor], "Statistics"], Sequence[Replacement]]
 
 
 # Widest group whose products are summed: a whole row of a large model would be gigabytes.
@@ -90,10 +92,10 @@ def calibrate(
 ) -> None:
     """Run `samples` (token ids) through the program and call `choose` at every group, in order.
 
-    choose(group, weights [N, K] of its linears, statistics) returns the weights their linears go on
-    with. whole_gram: the statistics hold the products of all features, [1, K, K]. Samples are cut
-    at the model's context. Deterministic for given samples and seed. Raises SmeltError naming the
-    group for activations that are NaN or infinite.
+    choose(group, weights [N, K] of its linears, statistics) returns what their linears go on with.
+    whole_gram: the statistics hold the products of all features, [1, K, K]. Samples are cut at the
+    model's context. Deterministic for given samples and seed. Raises SmeltError naming the group
+    for activations that are NaN or infinite.
     """
     limit = program.facts.max_position
     samples = [sample[:limit] for sample in samples]
@@ -139,7 +141,7 @@ class _Run:
         self.program = program
         self.source = source
         self.groups = groups
-        self.chosen: dict[fx.Node, torch.Tensor] = {}
+        self.chosen: dict[fx.Node, Replacement] = {}
         self.order = {node: i for i, node in enumerate(program.graph.nodes)}
         self.last_use = {
             node: max((self.order[user] for user in node.users), default=-1) for node in self.order
@@ -205,9 +207,11 @@ class _Run:
             return weights[used] if used in weights else values[used]
 
         with torch.no_grad():
-            return node.target(  # type: ignore[operator]
-                *fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value)
-            )
+            args: Any = fx.node.map_arg(node.args, value)
+            kwargs: Any = fx.node.map_arg(node.kwargs, value)
+            if chosen is not None and not isinstance(chosen, torch.Tensor):
+                return chosen(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def observe(self, group: Group, keep: Sequence[torch.Tensor], whole: bool) -> Statistics:
         first = group.linears[0]

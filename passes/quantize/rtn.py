@@ -8,6 +8,7 @@ from typing import Any
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
 
+from .fp8 import kernel_of, to_fp8
 from .linears import Linear, find_linears, to_quantized
 from .spec import QuantSpec
 from .verdict import Verdict, group_note, group_size, rewrite_each
@@ -32,18 +33,18 @@ class QuantizeRtn(Pass):
 
     After::
 
-        y = smelt::linear_int4(x, qweight, scales, zeros, bias)      # or int3, int2, int8
+        y = smelt::linear_int4(x, qweight, scales, zeros, bias)      # or int3, int2, int8, fp8
 
     and the weight plan makes qweight, scales and zeros from the weight in one quantize step.
 
     Legal for any linear over a planned floating-point weight that nothing else reads. The logits'
     linear, routers and layers under `min_features` stay as they are. Pays because a decode step
     reads every weight once: a quarter of the bytes at int4 (4.25 bits with groups of 128), half
-    at int8.
+    at int8 and fp8 (e4m3, inputs left as they are).
     """
 
     name = "quantize-rtn"
-    summary = "round linear weights to int4, int3, int2 or int8"
+    summary = "round linear weights to int4, int3, int2, int8 or fp8"
     requires = Dialect.SEMANTIC
     produces = Dialect.QUANTIZED
     numerics = Lossy()
@@ -55,7 +56,8 @@ class QuantizeRtn(Pass):
 
     def run(self, program: Program, options: RtnOptions) -> PassResult:
         def rewrite(linear: Linear) -> Verdict:
-            to_quantized(program, linear)
+            fp8 = linear.scheme.format == "fp8"
+            to_fp8(program, linear) if fp8 else to_quantized(program, linear)
             return Verdict(
                 linear.layer,
                 "rtn",
@@ -63,6 +65,7 @@ class QuantizeRtn(Pass):
                 group_size(linear),
                 linear.parameters,
                 reason=group_note(linear),
+                kernel=kernel_of(program.target) if fp8 else None,
             )
 
         return rewrite_each(program, find_linears(program, options.spec), rewrite)

@@ -30,30 +30,40 @@ FORMATS = {
     "int3": Format(bits=3, symmetric=False, group=128),
     "int2": Format(bits=2, symmetric=False, group=128),
     "int8": Format(bits=8, symmetric=True, group=0),
+    "fp8": Format(bits=8, symmetric=True, group=0),
 }
 
-# Formats of each method. What searches finds nothing at 8 bits, where rounding loses less than it
-# could win back, and at 2 bits neither scales nor error compensation save a layer.
+# Formats of each method, its default first. What searches finds nothing at 8 bits, where rounding
+# loses less than it could win back, and at 2 bits neither scales nor error compensation save a
+# layer.
 METHODS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "rtn": ("int4", "int8", "int3", "int2"),
+    "rtn": ("int4", "int8", "int3", "int2", "fp8"),
     "awq": ("int4", "int3"),
     "gptq": ("int4", "int3"),
+    "smoothquant": ("int8",),
+    "fp8": ("fp8",),
 }
 _NEEDS_TEXT = {"awq", "gptq"}
+# Methods whose layers quantize their input, too: per token as it comes, or with one scale found by
+# calibration.
+_ACTIVATIONS = {"smoothquant": ("dynamic", "static"), "fp8": ("dynamic", "static")}
+FP8_BLOCK = 128
 _NOT_YET = {
-    "smoothquant": "rtn with format int8",
-    "fp8": "rtn with format int8",
     "mixed": "awq",
 }
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one linear layer is stored: its format and group size along K (0: the whole row)."""
+    """How one linear layer is stored: its format and group size along K (0: the whole row).
+
+    activations: "none" leaves the input as it is, "dynamic" and "static" quantize it, too.
+    """
 
     format: str
     group_size: int
+    activations: str = "none"
 
     def groups(self, k: int) -> int:
         """Scales a row of K features has. A size that does not divide K: one for the row."""
@@ -69,24 +79,38 @@ class Scheme:
 class QuantSpec:
     """method x format, and what stays at 16 bits.
 
-    method: none, rtn, awq, gptq. format: int4, int3, int2 (asymmetric, groups along K), int8
-    (symmetric, one scale a row, groups on request). group_size: None is the format's own, 0 or -1
-    the whole row. keep: the roles that are left alone: "lm_head" (the linear that gives the logits)
-    and "router" (the one that chooses experts). min_features: a linear with fewer rows or columns
-    is left alone.
+    method: one of METHODS. format: int4, int3, int2 (asymmetric, groups along K), int8
+    (symmetric, one scale a row, groups on request), fp8 (e4m3, one scale a row, or 128 x 128 blocks
+    with group size 128); empty is the method's default. group_size: None is the format's own, 0 or
+    -1 the whole row. keep: the roles that are left alone: "lm_head" (the linear that gives the
+    logits) and "router" (the one that chooses experts). min_features: a linear with fewer rows or
+    columns is left alone.
+    alpha: smoothquant's exponent, 0 (nothing is moved) to 1 (all of it), None to search one for
+    each group of layers. activations: "dynamic" (a scale a token) or "static" (one scale, from
+    calibration) for methods that quantize them, "none" for the others; empty is the method's
+    default.
 
     Raises UserError for what does not work, naming what does.
     """
 
     method: str = "none"
-    format: str = "int4"
+    format: str = ""
     group_size: int | None = None
     keep: tuple[str, ...] = ROLES
     min_features: int = 16
+    alpha: float | None = None
+    activations: str = ""
 
     def __post_init__(self) -> None:
+        if not self.format:
+            object.__setattr__(self, "format", (METHODS.get(self.method) or ("int4",))[0])
         _check_method(self.method, self.format)
+        _check_activations(self.method, self.format, self.activations, self.group_size)
         _check_group_size(self.group_size, self.format)
+        _check_alpha(self.method, self.alpha)
+        if not self.activations:
+            default = _ACTIVATIONS.get(self.method, ("none",))[0]
+            object.__setattr__(self, "activations", default)
         object.__setattr__(self, "keep", tuple(self.keep))
         for role in self.keep:
             if role not in ROLES:
@@ -99,19 +123,23 @@ class QuantSpec:
     @property
     def needs_calibration(self) -> bool:
         """Whether the method runs text through the model."""
-        return self.method in _NEEDS_TEXT
+        searched = self.method == "smoothquant" and self.alpha != 0
+        return self.method in _NEEDS_TEXT or searched or self.activations == "static"
 
     def scheme(self, layer: str) -> Scheme:
         """The scheme of the linear at module path `layer`; the same for all of them so far."""
         assert self.group_size is not None
-        return Scheme(self.format, self.group_size)
+        return Scheme(self.format, self.group_size, self.activations)
 
     def label(self) -> str:
-        """One word for tables and file names: "awq-int4-g128", "rtn-int8", "none"."""
+        """One word for tables and file names: "awq-int4-g128", "rtn-int8", "fp8-static", "none"."""
         if self.method == "none":
             return "none"
+        name = self.method if self.method == self.format else f"{self.method}-{self.format}"
         group = f"-g{self.group_size}" if self.group_size else ""
-        return f"{self.method}-{self.format}{group}"
+        alpha = f"-a{self.alpha:g}" if self.alpha is not None else ""
+        static = "-static" if self.activations == "static" else ""
+        return f"{name}{group}{alpha}{static}"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "keep": list(self.keep)}
@@ -136,9 +164,9 @@ class QuantSpec:
         if self.method == "none":
             return {}
         form = FORMATS[self.format]
-        weights = {
+        weights: dict[str, Any] = {
             "num_bits": form.bits,
-            "type": "int",
+            "type": "float" if self.format == "fp8" else "int",
             "symmetric": form.symmetric,
             "strategy": "group" if self.group_size else "channel",
             "group_size": self.group_size or None,
@@ -148,21 +176,47 @@ class QuantSpec:
             "observer": "minmax",
             "observer_kwargs": {},
         }
+        if self.format == "fp8" and self.group_size:
+            weights |= {"strategy": "block", "group_size": None}
+            weights |= {"block_structure": [self.group_size, self.group_size]}
         group = {
             "targets": ["Linear"],
             "weights": weights,
-            "input_activations": None,
+            "input_activations": self._input_activations(),
             "output_activations": None,
         }
         return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": self._storage(),
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": list(ignore),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+    def _input_activations(self) -> dict[str, Any] | None:
+        """How compressed-tensors describes the quantization of inputs; None where there is none."""
+        if self.activations == "none":
+            return None
+        strategy = "tensor" if self.activations == "static" else "token"
+        return {
+            "num_bits": FORMATS[self.format].bits,
+            "type": "float" if self.format == "fp8" else "int",
+            "symmetric": True,
+            "strategy": "group" if self.group_size else strategy,
+            "group_size": self.group_size or None,
+            "dynamic": self.activations == "dynamic",
+            "actorder": None,
+            "block_structure": None,
+            "observer": "minmax" if self.activations == "static" else None,
+            "observer_kwargs": {},
+        }
+
+    def _storage(self) -> str:
+        if self.activations != "none":
+            return "float-quantized" if self.format == "fp8" else "int-quantized"
+        return "naive-quantized" if self.format == "fp8" else "pack-quantized"
 
 
 def _check_method(method: str, format: str) -> None:
@@ -174,6 +228,12 @@ def _check_method(method: str, format: str) -> None:
         raise UserError(f"no quantization method {method!r}; {', '.join(METHODS)} exist")
     if format not in FORMATS:
         raise UserError(f"no weight format {format!r}; {', '.join(FORMATS)} exist")
+    if method in _ACTIVATIONS and format not in METHODS[method]:
+        only = METHODS[method][0]
+        raise UserError(
+            f"{method} multiplies {only} weights by {only} inputs, not {format}; leave --format "
+            f"out, or use rtn for {format} weights and inputs that stay as they are"
+        )
     if method != "none" and format not in METHODS[method]:
         why = (
             f"at {format} plain rounding loses less than {method} could win back"
@@ -184,6 +244,46 @@ def _check_method(method: str, format: str) -> None:
             f"{method} works with {', '.join(METHODS[method])}, not {format}: {why}; use rtn with "
             f"{format}, or {method} with {METHODS[method][-1]}"
         )
+
+
+def _check_activations(method: str, format: str, activations: str, size: int | None) -> None:
+    """Raise UserError for activations or a group size that the method's operator does not have."""
+    known = _ACTIVATIONS.get(method, ("none",))
+    if activations and activations not in known:
+        if known == ("none",):
+            raise UserError(
+                f"activations {activations!r}: {method} leaves the inputs of layers as they are; "
+                "smoothquant (int8) and fp8 quantize them"
+            )
+        raise UserError(f"activations {activations!r}: {method} has {', '.join(known)}")
+    if method == "smoothquant" and size not in (None, 0, -1):
+        raise UserError(
+            f"group size {size}: smoothquant's integer sums run over whole rows, so it has one "
+            "scale a row; leave --group-size out, or use rtn with int8 for groups"
+        )
+    if method == "fp8" and size not in (None, 0, -1, FP8_BLOCK):
+        raise UserError(
+            f"group size {size}: fp8 has one scale a row (0) or blocks of {FP8_BLOCK} x {FP8_BLOCK}"
+        )
+    if method == "rtn" and format == "fp8" and size not in (None, 0, -1):
+        raise UserError(
+            f"group size {size}: rtn with fp8 has one scale a row; --quant fp8 --group-size "
+            f"{FP8_BLOCK} has blocks"
+        )
+    if method == "fp8" and size == FP8_BLOCK and activations == "static":
+        raise UserError(
+            "fp8 with blocks gives every 128 features of a token a scale of their own: use "
+            "--activations dynamic, or leave --group-size out for static ones"
+        )
+
+
+def _check_alpha(method: str, alpha: float | None) -> None:
+    if alpha is None:
+        return
+    if method != "smoothquant":
+        raise UserError(f"alpha is smoothquant's exponent; {method} has none")
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha is {alpha}: it goes from 0 (nothing is moved into weights) to 1")
 
 
 def _check_group_size(size: int | None, format: str) -> None:

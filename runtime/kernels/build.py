@@ -29,18 +29,20 @@ from ..errors import SmeltError, UserError
 from ..integrity import cache_folder
 
 SOURCES = Path(__file__).parent / "cpu"
-TORCH_UNITS = ("ops_linear.cpp", "ops_attention.cpp")
+TORCH_UNITS = ("ops_linear.cpp", "ops_attention.cpp", "ops_w8a8.cpp")
 COMMON_FLAGS = ("-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w")
 AVX2_FLAGS = ("-DSMELT_AVX2", "-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = (
     *("-DSMELT_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
 )
+VNNI_FLAGS = (*AVX512_FLAGS, "-DSMELT_AVX512_VNNI", "-mavx512vnni")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": AVX2_FLAGS,
     "avx512": AVX512_FLAGS,
-    "avx512_bf16": (*AVX512_FLAGS, "-DSMELT_AVX512_BF16", "-mavx512bf16"),
+    "avx512_vnni": VNNI_FLAGS,
+    "avx512_bf16": (*VNNI_FLAGS, "-DSMELT_AVX512_BF16", "-mavx512bf16"),
 }
 
 

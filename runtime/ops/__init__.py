@@ -1,6 +1,15 @@
 """The smelt:: operators. Importing this package registers all of them, with their references."""
 
-from . import attention, experts, gated_activation, linear, norm, rope  # noqa: F401
+from . import (  # noqa: F401
+    attention,
+    experts,
+    gated_activation,
+    linear,
+    linear_fp8,
+    linear_w8a8,
+    norm,
+    rope,
+)
 from .attention import attention as attention_reference
 from .attention import cached_attention as cached_attention_reference
 

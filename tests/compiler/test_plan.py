@@ -97,6 +97,15 @@ def test_quantized_weights(tmp_path: Path) -> None:
     int8 = plan(path, quant="rtn", format="int8")
     assert int8.weights_bytes == 2 * rest + linears + 2 * rows
     groups = 2 * (64 * 2 * 2 + 32 * 2 * 2 + 2 * 128 * 2 + 64 * 4)
+    eights: list[dict[str, Any]] = [
+        {"quant": "smoothquant", "alpha": 0.5},
+        {"quant": "fp8", "activations": "static"},
+        {"quant": "rtn", "format": "fp8"},
+    ]
+    for options in eights:  # float32 scales
+        assert plan(path, **options).weights_bytes == 2 * rest + linears + 4 * rows
+    blocks = plan(path, quant="fp8", group_size=128)
+    assert blocks.weights_bytes == 2 * rest + linears + 4 * 2 * 7
     int4 = plan(path, quant="awq", group_size=32)
     assert int4.weights_bytes == 2 * rest + linears // 2 + 3 * groups
     assert int4.weights_unquantized_bytes == plain.weights_bytes
@@ -148,6 +157,13 @@ def test_configurations_of_real_models(data: Callable[[str], Path]) -> None:
         ({"quant": "awq", "format": "int8"}, "use rtn with int8"),
         ({"quant": "gptq"}, "not supported yet"),
         ({"quant": "rtn", "group_size": 7}, "multiple of 8"),
+        ({"quant": "smoothquant", "format": "int4"}, "leave --format out"),
+        ({"quant": "smoothquant", "group_size": 64}, "use rtn with int8 for groups"),
+        ({"quant": "smoothquant", "alpha": 1.5}, "from 0"),
+        ({"quant": "fp8", "group_size": 64}, "blocks of 128 x 128"),
+        ({"quant": "fp8", "group_size": 128, "activations": "static"}, "use --activations dynamic"),
+        ({"quant": "awq", "activations": "dynamic"}, "smoothquant .int8. and fp8 quantize them"),
+        ({"quant": "awq", "alpha": 0.5}, "smoothquant's exponent"),
         ({"dtype": "fp8"}, "--dtype fp8"),
         ({"ctx": 5000}, "from 1 to 4096"),
         ({"batch": 0}, "--batch is 0"),

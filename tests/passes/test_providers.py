@@ -8,12 +8,19 @@ from helpers.check_pass import check_pass, logits_of
 from helpers.tiny import Subject, Toy, clone_program, program_of, tiny_lowered, tiny_program
 from torch import nn
 
-from smelt.compiler.manager import PassManager
+from smelt.compiler.manager import PassManager, Stage
 from smelt.compiler.pipeline import PipelineConfig, pipeline, portable_stages
 from smelt.passes.dialect import verify
 from smelt.passes.program import Dialect
 from smelt.passes.providers import INVERSES, ChooseProviders
-from smelt.passes.quantize.rtn import QuantizeRtn, RtnOptions
+from smelt.passes.quantize import (
+    Fp8Options,
+    QuantizeFp8,
+    QuantizeRtn,
+    QuantizeSmoothQuant,
+    RtnOptions,
+    SmoothQuantOptions,
+)
 from smelt.passes.quantize.spec import QuantSpec
 from smelt.passes.weights import OPERATIONS
 from smelt.runtime.errors import UserError
@@ -106,19 +113,22 @@ def test_an_unknown_override_is_the_users_mistake(operator: str, provider: str, 
         ChooseProviders().run(program, options)
 
 
+STAGES: dict[str, Stage] = {
+    "int4": Stage(QuantizeRtn(), RtnOptions(QuantSpec("rtn", "int4", 16))),
+    "int8": Stage(QuantizeRtn(), RtnOptions(QuantSpec("rtn", "int8", 16))),
+    "w8a8": Stage(QuantizeSmoothQuant(), SmoothQuantOptions(QuantSpec("smoothquant", alpha=0.0))),
+    "fp8": Stage(QuantizeFp8(), Fp8Options(QuantSpec("fp8", group_size=128))),
+}
+
+
 def quantized(format_: str) -> Subject:
     subject = tiny_program("llama")
-    spec = QuantSpec("rtn", format=format_, group_size=16)
-    from smelt.compiler.manager import Stage
-
-    stages = portable_stages(
-        pipeline(PipelineConfig("O2", Stage(QuantizeRtn(), RtnOptions(spec))))
-    )[0]
+    stages = portable_stages(pipeline(PipelineConfig("O2", STAGES[format_])))[0]
     PassManager(stages).run(subject.program)
     return subject
 
 
-@pytest.mark.parametrize("format_", ["int4", "int8"])
+@pytest.mark.parametrize("format_", list(STAGES))
 def test_quantized_linears_get_blocked_weights_that_can_be_turned_back(format_: str) -> None:
     subject = quantized(format_)
     name = f"smelt.linear_{format_}"

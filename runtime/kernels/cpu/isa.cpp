@@ -15,12 +15,13 @@ SMELT_SET(baseline)
 #if defined(SMELT_X86)
 SMELT_SET(avx2)
 SMELT_SET(avx512)
+SMELT_SET(avx512_vnni)
 SMELT_SET(avx512_bf16)
 #endif
 
 namespace {
 
-constexpr int kMost = 4;
+constexpr int kMost = 5;
 
 // From the plainest to the best; returns how many this machine runs.
 int available(const Kernels** to) {
@@ -35,7 +36,9 @@ int available(const Kernels** to) {
                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512dq");
   if (five) to[n++] = &avx512::table;
-  if (five && __builtin_cpu_supports("avx512bf16")) to[n++] = &avx512_bf16::table;
+  const bool vnni = five && __builtin_cpu_supports("avx512vnni");
+  if (vnni) to[n++] = &avx512_vnni::table;
+  if (vnni && __builtin_cpu_supports("avx512bf16")) to[n++] = &avx512_bf16::table;
 #endif
   return n;
 }

@@ -36,6 +36,33 @@ struct Quantized {
   int64_t m, n, k, groups;
 };
 
+// int8 x, quantized on the way, times an int8 weight (runtime/ops/linear_w8a8.py).
+struct W8A8 {
+  Type type;  // of x, bias and out
+  const int8_t* packed;
+  const float* scales;       // [n]
+  const float* input_scale;  // null: each row of x has its own
+  const void* bias;
+  const void* x;
+  void* quantized_x;  // w8a8_scratch() bytes
+  void* out;
+  int64_t m, n, k;
+};
+
+// x, rounded to e4m3 on the way or not, times a weight of e4m3 (runtime/ops/linear_fp8.py).
+struct Fp8 {
+  Type type;  // of x, bias and out
+  const uint8_t* packed;
+  const float* scales;  // [blocks, groups, 16]
+  bool quantize_x;
+  const float* input_scale;  // null: each row's group of x has its own
+  const void* bias;
+  const void* x;
+  void* packed_x;  // fp8_scratch() bytes
+  void* out;
+  int64_t m, n, k, groups, group, x_group;  // features of a weight's group, and of one of x
+};
+
 // How a cache holds the values of a head's row (runtime/ops/cache_format.py): elements of a Type,
 // or bytes with the row's float16 parameters behind them.
 enum class Form : int { Elements, Fp8, Int8, Int4 };
@@ -90,6 +117,12 @@ struct Kernels {
   // weight[k, n0:n0 + 16 * blocks] of `type`, row stride `stride`: the transposed dense weight
   void (*dequantize)(const Quantized&, int64_t first_block, int64_t last_block, void* to,
                      int64_t stride);
+  int64_t (*w8a8_scratch)(const W8A8&);
+  void (*w8a8_prepare)(const W8A8&, int64_t first_row, int64_t last_row);
+  void (*w8a8)(const W8A8&, int64_t first_block, int64_t last_block);
+  int64_t (*fp8_scratch)(const Fp8&);
+  void (*fp8_prepare)(const Fp8&, int64_t first_row, int64_t last_row);
+  void (*fp8)(const Fp8&, int64_t first_block, int64_t last_block);
   // bytes of a thread's scratch and of the state (max, sum, weighted values) of a tile
   int64_t (*attention_scratch)(const Attention&);
   int64_t (*attention_state)(const Attention&, const Tile&);

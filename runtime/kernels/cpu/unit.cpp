@@ -37,6 +37,8 @@ namespace {
 #include "weights.h"
 #include "quantized.h"
 #include "cache_rows.h"
+#include "w8a8.h"
+#include "fp8.h"
 #include "attention.h"
 
 }  // namespace
@@ -48,6 +50,8 @@ extern const Kernels table;
 const Kernels table = {
     SMELT_TEXT(SMELT_ISA), dense_scratch,    dense_prepare,   dense,
     quantized_scratch,     quantized_prepare, quantized_rows, quantized, dequantize,
+    w8a8_scratch,          w8a8_prepare,      w8a8,
+    fp8_scratch,           fp8_prepare,       fp8,
     attention_scratch,     attention_state,   attention_chunk, attention_merge,
     attention_finish,      convert,           quantize,
 };

@@ -6,14 +6,17 @@ import json
 
 import pytest
 
-from smelt.passes.quantize.spec import METHODS, QuantSpec, Scheme
+from smelt.passes.quantize.spec import FORMATS, METHODS, QuantSpec, Scheme
 from smelt.runtime.errors import UserError
 
 
 def test_every_offered_combination_is_accepted_and_survives_json() -> None:
     for method, formats in METHODS.items():
         for form in formats:
-            for group in (None, 0, -1, 32, 64, 128):
+            rows_only = {"smoothquant": (None, 0, -1), "fp8": (None, 0, -1, 128)}
+            if form == "fp8":
+                rows_only["rtn"] = (None, 0, -1)
+            for group in rows_only.get(method, (None, 0, -1, 32, 64, 128)):
                 spec = QuantSpec(method, form, group)
                 again = QuantSpec.from_json(json.loads(json.dumps(spec.to_json())))
                 assert again == spec
@@ -33,9 +36,13 @@ def test_default_group_is_the_formats_own() -> None:
     [
         (("gptq", "int2"), "gptq with int3"),
         (("gptq", "int8"), "use rtn with int8"),
-        (("smoothquant",), "nearest is rtn with format int8"),
-        (("magic",), "none, rtn, awq, gptq exist"),
-        (("rtn", "int7"), "int4, int3, int2, int8 exist"),
+        (("magic",), f"{', '.join(METHODS)} exist"),
+        (("rtn", "int7"), f"{', '.join(FORMATS)} exist"),
+        (("smoothquant", "int4"), "use rtn for int4"),
+        (("smoothquant", "int8", 64), "use rtn with int8 for groups"),
+        (("fp8", "int8"), "multiplies fp8 weights by fp8 inputs"),
+        (("fp8", "fp8", 64), "blocks of 128 x 128"),
+        (("rtn", "fp8", 128), "--quant fp8 --group-size 128"),
         (("awq", "int8"), "use rtn with int8"),
         (("rtn", "int4", 100), "the nearest is 96"),
         (("rtn", "int4", 4), "the nearest is 16"),
@@ -48,6 +55,74 @@ def test_what_does_not_work_names_the_nearest_that_does(arguments: tuple, expect
     with pytest.raises(UserError) as error:
         QuantSpec(*arguments)
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"method": "rtn", "activations": "dynamic"}, "leaves the inputs of layers as they are"),
+        ({"method": "none", "activations": "static"}, "smoothquant (int8) and fp8 quantize"),
+        ({"method": "fp8", "activations": "token"}, "fp8 has dynamic, static"),
+        ({"method": "fp8", "group_size": 128, "activations": "static"}, "--activations dynamic"),
+        ({"method": "smoothquant", "alpha": -0.1}, "from 0"),
+        ({"method": "smoothquant", "alpha": 1.1}, "to 1"),
+        ({"method": "fp8", "alpha": 0.5}, "fp8 has none"),
+    ],
+)
+def test_activations_and_alpha_are_checked(fields: dict, expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        QuantSpec(**fields)
+    assert expected in str(error.value)
+
+
+def test_methods_choose_their_own_format_and_activations() -> None:
+    assert (QuantSpec("smoothquant").format, QuantSpec("fp8").format) == ("int8", "fp8")
+    assert (QuantSpec("awq").format, QuantSpec().format) == ("int4", "int4")
+    assert QuantSpec("smoothquant").activations == QuantSpec("fp8").activations == "dynamic"
+    assert QuantSpec("rtn", "fp8").activations == "none"
+    assert QuantSpec("smoothquant", activations="static").scheme("x") == Scheme("int8", 0, "static")
+    labels = {
+        QuantSpec("smoothquant").label(): "smoothquant-int8",
+        QuantSpec("smoothquant", alpha=0.5, activations="static").label(): (
+            "smoothquant-int8-a0.5-static"
+        ),
+        QuantSpec("fp8", group_size=128).label(): "fp8-g128",
+        QuantSpec("rtn", "fp8").label(): "rtn-fp8",
+    }
+    assert all(found == expected for found, expected in labels.items())
+
+
+def test_text_is_needed_where_activations_are_measured() -> None:
+    needy = [
+        QuantSpec("awq"),
+        QuantSpec("smoothquant"),
+        QuantSpec("smoothquant", alpha=0.5),
+        QuantSpec("smoothquant", alpha=0.0, activations="static"),
+        QuantSpec("fp8", activations="static"),
+    ]
+    assert all(spec.needs_calibration for spec in needy)
+    content = [QuantSpec(), QuantSpec("rtn", "fp8"), QuantSpec("fp8"), QuantSpec("fp8", "fp8", 128)]
+    content.append(QuantSpec("smoothquant", alpha=0.0))
+    assert not any(spec.needs_calibration for spec in content)
+
+
+def test_compressed_tensors_says_how_inputs_are_quantized() -> None:
+    def group(spec: QuantSpec) -> tuple[str, dict, dict]:
+        config = spec.compressed_tensors_config()
+        found = config["config_groups"]["group_0"]
+        return config["format"], found["weights"], found["input_activations"]
+
+    form, weights, inputs = group(QuantSpec("smoothquant"))
+    assert form == "int-quantized" and (weights["type"], weights["strategy"]) == ("int", "channel")
+    assert (inputs["num_bits"], inputs["strategy"], inputs["dynamic"]) == (8, "token", True)
+    form, weights, inputs = group(QuantSpec("fp8", activations="static"))
+    assert form == "float-quantized" and weights["type"] == inputs["type"] == "float"
+    assert (inputs["strategy"], inputs["dynamic"]) == ("tensor", False)
+    _, weights, inputs = group(QuantSpec("fp8", group_size=128))
+    assert (weights["strategy"], weights["block_structure"]) == ("block", [128, 128])
+    assert (inputs["strategy"], inputs["group_size"]) == ("group", 128)
+    form, weights, none = group(QuantSpec("rtn", "fp8"))
+    assert none is None and weights["type"] == "float" and form == "naive-quantized"
 
 
 def test_a_field_of_a_newer_version_is_refused() -> None:

@@ -1,0 +1,236 @@
+"""fp8: e4m3 weights, and e4m3 inputs rounded inside the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from smelt.passes.base import Lossy, Pass, PassResult
+from smelt.passes.program import Dialect, Program
+from smelt.passes.weights import TensorSource, operation
+from smelt.runtime.errors import UserError
+from smelt.runtime.ops.linear_fp8 import E4M3_MAX, dequantize_fp8, round_activations, to_e4m3
+from smelt.runtime.ops.linear_w8a8 import usable_scale
+
+from .calibrate import Progress, Replacement, Statistics, calibrate
+from .formats import _prepared, check_finite
+from .groups import Group, find_groups
+from .linears import Linear, find_linears
+from .spec import QuantSpec
+from .verdict import Verdict, left_alone, left_experts, parameters, summary
+
+smelt = torch.ops.smelt
+KERNELS = {
+    "cpu": "C++ over e4m3 bytes, widened to float32: no fast kernel on the CPU, which has no fp8 "
+    "arithmetic; int8 (smoothquant, or rtn --format int8) is faster there",
+}
+
+
+def kernel_of(target: str) -> str:
+    """What multiplies e4m3 on a target, for the verdict."""
+    return KERNELS.get(target, f"the reference: no fp8 kernel for {target} yet")
+
+
+def quantize_fp8(weight: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [N, K] -> (float8_e4m3fn [N, K], scales float32: see runtime/ops/linear_fp8.py).
+
+    A scale is max|w| / 448 of a row (block 0), or of block x block weights, smaller at the edges.
+    """
+    wide = weight.float()
+    if not block:
+        scales = usable_scale(wide.abs().amax(1, keepdim=True), E4M3_MAX)
+        return to_e4m3(wide / scales), scales
+    n, k = wide.shape
+    padded = F.pad(wide, (0, -k % block, 0, -n % block))
+    blocks = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # [n, block, k, block]
+    scales = usable_scale(blocks.abs().amax((1, 3)), E4M3_MAX)
+    q = to_e4m3(blocks / scales[:, None, :, None])
+    return q.flatten(2, 3).flatten(0, 1)[:n, :k].contiguous(), scales
+
+
+@operation("quantize_fp8")
+def _quantize_fp8(
+    weight: torch.Tensor, *extras: torch.Tensor, block: int, kinds: list[str], layer: str
+) -> tuple[torch.Tensor, ...]:
+    """weight [N, K], extras as in `formats` -> qweight float8_e4m3fn [N, K], scales float32."""
+    wide, _ = _prepared(weight, extras, kinds, layer)
+    return quantize_fp8(wide, block)
+
+
+def product(
+    weight: torch.Tensor, input_scale: torch.Tensor | None, activations: str, block: int
+) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """What the quantized linear computes, as a function of the original's (x, bias)."""
+    dense = dequantize_fp8(*quantize_fp8(weight, block), block)
+
+    def apply(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = F.linear(round_activations(x, input_scale, activations, block), dense)
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    return apply
+
+
+def to_fp8(program: Program, linear: Linear, input_scale: torch.Tensor | None = None) -> fx.Node:
+    """Replace `linear` by smelt::linear_fp8; the plan gains a quantize step.
+
+    input_scale: float32 [1] for static activations. The scheme's group size is that of blocks.
+    """
+    block = linear.scheme.group_size
+    names = program.weights.add(
+        "quantize_fp8",
+        [f"{linear.weight}.qweight", f"{linear.weight}.scales"],
+        [linear.weight],
+        block=block,
+        kinds=[],
+        layer=linear.layer,
+    )
+    packed = [program.weight(name) for name in names]
+    static = None
+    if input_scale is not None:
+        static = program.weight(
+            program.weights.put(f"{linear.weight}.input_scale", input_scale.reshape(1))
+        )
+    args = (
+        *(linear.node.args[0], *packed, static, linear.bias),
+        *(linear.scheme.activations, block),
+    )
+    with program.graph.inserting_before(linear.node):
+        node = program.call(smelt.linear_fp8.default, args, like=linear.node)
+    program.replace(linear.node, node)
+    return node
+
+
+@dataclass(frozen=True)
+class Fp8Options:
+    """spec: activations and blocks; samples and source: calibration, for static activations only.
+
+    max_rows: tokens on which output errors are measured. progress(name, done, total).
+    """
+
+    spec: QuantSpec = field(default_factory=lambda: QuantSpec("fp8"))
+    samples: Sequence[Sequence[int]] = ()
+    source: TensorSource | None = None
+    max_rows: int = 512
+    seed: int = 0
+    progress: Progress | None = None
+
+
+@dataclass
+class _Choice:
+    input_scale: torch.Tensor
+    error: float
+
+
+class QuantizeFp8(Pass):
+    """Linear layers get e4m3 weights and round their input to e4m3 inside the operator.
+
+    Before::
+
+        y = aten.linear(x, w, bias)
+
+    After::
+
+        y = smelt::linear_fp8(x, qweight, scales, None, bias, "dynamic", 0)
+
+    e4m3 has three bits of mantissa at every size between 2^-6 and 448, so outliers cost the other
+    values nothing and no channel has to be moved. Weights get a scale a row and inputs one a token;
+    or weights one for 128 x 128 and inputs one for 128 features of a token (`--group-size 128`,
+    DeepSeek-V3's form); or inputs one scale from calibration (`--activations static`). Legal for
+    any linear over a planned floating-point weight that nothing else reads. Pays in bytes
+    everywhere, in time where the processor multiplies e4m3.
+    """
+
+    name = "quantize-fp8"
+    summary = "e4m3 weights x e4m3 inputs: per token, static, or 128 x 128 blocks"
+    requires = Dialect.SEMANTIC
+    produces = Dialect.QUANTIZED
+    numerics = Lossy()
+    Options = Fp8Options
+
+    def expect(self, program: Program) -> int | None:
+        """One match a linear module of the traced tree; a fused linear counts as its parts."""
+        return program.facts.module_counts.get("linear")
+
+    def run(self, program: Program, options: Fp8Options) -> PassResult:
+        spec = options.spec
+        linears = find_linears(program, spec)
+        weights = parameters(program)
+        choices: dict[str, _Choice] = {}
+        if spec.needs_calibration:
+            choices = _calibrated(program, find_groups(program, linears), options)
+        result = PassResult()
+        for linear in linears:
+            count = max(1, len(linear.sources))
+            result.matched += count
+            if linear.reason is not None:
+                result.decline(linear.node, linear.reason)
+                result.notes.append(left_alone(linear).to_json())
+                continue
+            choice = choices.get(linear.weight)
+            to_fp8(program, linear, choice.input_scale if choice else None)
+            result.rewritten += count
+            error = choice.error if choice else None
+            result.notes.append(_verdict(linear, spec, error, program.target).to_json())
+        left_experts(program, result)
+        result.notes.append(summary(linears, weights))
+        program.clean()
+        return result
+
+
+def _calibrated(
+    program: Program, groups: Sequence[Group], options: Fp8Options
+) -> dict[str, _Choice]:
+    """Static input scales, max|x| / 448 over the calibration text, by the linear's weight."""
+    if options.source is None or not options.samples:
+        raise UserError(
+            "static activations need calibration text and the checkpoint; dynamic ones need neither"
+        )
+    choices: dict[str, _Choice] = {}
+
+    def choose(
+        group: Group, values: list[torch.Tensor], statistics: Statistics
+    ) -> list[Replacement]:
+        scale = usable_scale(statistics.largest.amax().reshape(1), E4M3_MAX)
+        rows = statistics.rows
+        products: list[Replacement] = []
+        for linear, value in zip(group.linears, values, strict=True):
+            check_finite(value, linear.layer)
+            found = product(value, scale, "static", 0)
+            exact = rows @ value.float().T
+            size = exact.square().sum().clamp(min=1e-30)
+            error = float((found(rows, None) - exact).square().sum() / size)
+            choices[linear.weight] = _Choice(scale, error)
+            products.append(found)
+        return products
+
+    calibrate(
+        program,
+        groups,
+        options.samples,
+        options.source,
+        choose,
+        options.max_rows,
+        options.seed,
+        options.progress,
+    )
+    return choices
+
+
+def _verdict(linear: Linear, spec: QuantSpec, error: float | None, target: str) -> Verdict:
+    block = linear.scheme.group_size
+    each = f"{block} features of a token" if block else "a token"
+    labels = {"dynamic": f"e4m3, a scale for {each}", "static": "e4m3, one scale"}
+    return Verdict(
+        linear.layer,
+        "fp8",
+        "fp8",
+        block,
+        linear.parameters,
+        error=error,
+        activations=labels[spec.activations],
+        kernel=kernel_of(target),
+    )
