@@ -34,8 +34,9 @@ from .options import DTYPES, CompileOptions
 from .pipeline import PipelineConfig, installed_passes, load_pass, pipeline, portable_stages
 from .proof import Proof, speed
 from .quantization import quantize_stage
+from .stored import StoredModel, read_stored
 from .trace import check_against_eager, export, program_from_export, refuse_unsupported
-from .weights import ModuleSource, bind, checkpoint_specs
+from .weights import ModuleSource, bind, checkpoint_specs, stored_dtype
 
 Progress = Callable[[str, int, int], None]
 
@@ -61,7 +62,10 @@ class Stopped:
 
 @dataclass
 class _Loaded:
-    """A model before it is traced: skeleton, configuration, where its weights are."""
+    """A model before it is traced: skeleton, configuration, where its weights are.
+
+    quantized: what the checkpoint holds quantized already.
+    """
 
     name: str
     folder: Path | None
@@ -70,6 +74,7 @@ class _Loaded:
     source: TensorSource
     stored: dict[str, Any]
     generation: dict[str, Any]
+    quantized: StoredModel | None = None
 
 
 def compile_model(
@@ -132,7 +137,7 @@ def _compile(
         artifact.seal(manifest, folder)
         report("prove", 0, 1)
         if proof is not None and settings.backend == "aoti":
-            manifest.quality = proof.quality(folder, settings.spec.method != "none")
+            manifest.quality = proof.quality(folder, manifest.quant["method"] != "none")
             manifest.speed = speed(folder)
         manifest.build["seconds"] = round(time.perf_counter() - started, 2)
         manifest.write(folder)
@@ -162,27 +167,21 @@ def _load(model: str | os.PathLike[str] | nn.Module, settings: CompileOptions) -
     config = load_config(folder, settings.trust_remote_code)
     checkpoint = Checkpoint(folder)
     stored = checkpoint_specs(checkpoint)
-    dtype = _dtype(settings.dtype, _stored_dtype(config, stored))
+    quantized = read_stored(folder, checkpoint, settings.spec)
+    plain = quantized.plain(stored) if quantized else stored
+    dtype = _dtype(settings.dtype, stored_dtype(plain))
     skeleton = build(config, dtype, real=False, trust_remote_code=settings.trust_remote_code)
     path = folder / "generation_config.json"
     generation_config = read_json(path) if path.is_file() else {}
     _check_vocabulary(folder, int(config.vocab_size))
-    return _Loaded(
-        os.fspath(model), folder, config, skeleton, checkpoint, stored, generation_config
-    )
+    if quantized:
+        quantized.check(checkpoint, skeleton, str(folder))
+    name = os.fspath(model)
+    return _Loaded(name, folder, config, skeleton, checkpoint, stored, generation_config, quantized)
 
 
 def _dtype(asked: str, stored: torch.dtype) -> torch.dtype:
     return stored if asked == "auto" else getattr(torch, DTYPES[asked])
-
-
-def _stored_dtype(config: Any, stored: dict[str, Any]) -> torch.dtype:
-    """The dtype of most of the checkpoint's elements."""
-    sizes: dict[torch.dtype, int] = {}
-    for spec in stored.values():
-        if spec.dtype.is_floating_point:
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-    return max(sizes, key=lambda d: sizes[d], default=torch.float32)
 
 
 def _check_vocabulary(folder: Path, size: int) -> None:
@@ -207,7 +206,7 @@ def _trace(loaded: _Loaded) -> Program:
     fake_parameters(loaded.skeleton, mode)
     program = program_from_export(export(loaded.skeleton), loaded.skeleton, loaded.config)
     refuse_unsupported(program, loaded.config)
-    bind(program.weights, loaded.stored, loaded.skeleton, loaded.name)
+    bind(program.weights, loaded.stored, loaded.skeleton, loaded.name, loaded.quantized)
     return program
 
 
@@ -216,7 +215,12 @@ def _stages(
 ) -> list[Stage]:
     extra = [load_pass(p) if isinstance(p, str) else p for p in settings.passes]
     quantize = quantize_stage(
-        settings, loaded.source, loaded.folder, program.facts.max_position, report
+        settings,
+        loaded.source,
+        loaded.folder,
+        program.facts.max_position,
+        report,
+        loaded.quantized is not None,
     )
     options: dict[str, dict[str, Any]] = {"insert-kv-cache": {"block_size": settings.block_size}}
     if settings.providers:
@@ -272,7 +276,7 @@ def _manifest(
             "source_bytes": source_bytes,
             "weight_plan": program.weights.digest(),
         },
-        quant=settings.spec.to_json(),
+        quant=(loaded.quantized.quantization if loaded.quantized else settings.spec).to_json(),
         target=artifact.describe_target(settings.device),
         backend=settings.backend,
         cache=program.caches,

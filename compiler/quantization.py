@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from smelt.passes.base import Pass
-from smelt.passes.quantize import AwqOptions, QuantizeAwq, QuantizeRtn, RtnOptions
+from smelt.passes.quantize import (
+    AwqOptions,
+    KeepQuantized,
+    PrequantizedOptions,
+    QuantizeAwq,
+    QuantizeRtn,
+    RtnOptions,
+)
 from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import UserError
 
@@ -22,13 +29,17 @@ def quantize_stage(
     folder: Path | None,
     context: int,
     progress: Progress,
+    quantized: bool = False,
 ) -> Stage | None:
     """The stage that `settings` ask for, or None without quantization.
 
-    context: the model's, in tokens; calibration sequences are no longer.
+    context: the model's, in tokens; calibration sequences are no longer. quantized: the checkpoint
+    already is, and keeps what it has.
 
     Raises UserError when calibration is needed and the text or the tokenizer is missing.
     """
+    if quantized:
+        return Stage(KeepQuantized(), PrequantizedOptions(source))
     if settings.spec.method == "none":
         return None
     if settings.spec.method == "rtn":

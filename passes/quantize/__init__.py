@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from .awq import AwqOptions, QuantizeAwq
+from .prequantized import KeepQuantized, PrequantizedOptions
 from .rtn import QuantizeRtn, RtnOptions
 from .spec import QuantSpec, Scheme
 
-__all__ = ["AwqOptions", "QuantSpec", "QuantizeAwq", "QuantizeRtn", "RtnOptions", "Scheme"]
+__all__ = [
+    "AwqOptions",
+    "KeepQuantized",
+    "PrequantizedOptions",
+    "QuantSpec",
+    "QuantizeAwq",
+    "QuantizeRtn",
+    "RtnOptions",
+    "Scheme",
+]

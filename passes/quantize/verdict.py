@@ -28,7 +28,8 @@ class Verdict:
     group_size: the one used, 0 for the whole row. alpha: AWQ's exponent, 0 when no scale paid.
     error_rtn and error: the layer's output error relative to its output, ||dY||^2 / ||Y||^2, on
     calibration rows by plain rounding and as chosen; None where nothing was measured. reason: why
-    it was left alone, or why less was done than the method can.
+    it was left alone, or why less was done than the method can. scale_change: of weights that the
+    checkpoint holds quantized, the largest relative change of a scale.
     """
 
     layer: str
@@ -40,6 +41,7 @@ class Verdict:
     error_rtn: float | None = None
     error: float | None = None
     reason: str | None = None
+    scale_change: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
