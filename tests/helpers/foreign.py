@@ -272,7 +272,7 @@ def compressed(
 
 def _ranges(w: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Least and greatest value of what each scale covers, in the shape of the scales."""
-    strategy = args.strategy.value
+    strategy = str(args.strategy)
     if strategy == "tensor":
         return w.min().reshape(1), w.max().reshape(1)
     if strategy == "channel":
