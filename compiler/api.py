@@ -27,7 +27,7 @@ from smelt.runtime.batch import BatchLayout
 from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.manifest import Manifest
 
-from . import artifact, lower, portable
+from . import artifact, lower, origins, portable
 from .manager import Controls, PassManager, Stage
 from .numerics import NumericsCheck
 from .options import DTYPES, CompileOptions
@@ -108,7 +108,9 @@ def _compile(
         program = _trace(loaded)
         program.target = settings.device
         stages = _stages(settings, program, loaded, report)
-        proof = None if settings.partial else _proof(program, loaded, settings)
+        proof = None
+        if not settings.partial:
+            proof = Proof(program, loaded.source, loaded.folder, settings.calib)
         portable_count = len(portable_stages(stages)[0])
         check = NumericsCheck(program, loaded.source) if settings.check_numerics else None
         controls = Controls(
@@ -128,6 +130,7 @@ def _compile(
         program.layout = _layout(program, settings)
         report("save", 0, 1)
         portable.save_portable(program, folder)
+        origins.save(program, loaded.skeleton, loaded.config, folder)
         manager.run(program, start=portable_count)
         weight_bytes = artifact.write_weights(program, loaded.source, folder, report)
         manifest = _manifest(program, loaded, settings, weight_bytes)
@@ -237,10 +240,6 @@ def _check_step(program: Program) -> None:
             f"without the pass {lacking} there is no step to compile; "
             "add --stop-after to look at the graph without it"
         )
-
-
-def _proof(program: Program, loaded: _Loaded, settings: CompileOptions) -> Proof:
-    return Proof(program, loaded.source, loaded.folder, settings.calib)
 
 
 def _layout(program: Program, settings: CompileOptions) -> BatchLayout:
