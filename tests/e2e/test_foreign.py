@@ -13,6 +13,7 @@ import smelt
 from smelt.compiler.numerics import spec_values
 from smelt.runtime.artifact import open_artifact
 from smelt.runtime.batch import Batch
+from smelt.runtime.errors import UserError
 
 IDS = torch.arange(3, 27) * 5 % 128
 
@@ -46,48 +47,29 @@ def check(tmp_path: Path, reference: torch.nn.Module, **operators: int) -> Any:
     return made
 
 
-def verdicts(made: Any) -> list[dict[str, Any]]:
-    record = next(r for r in made.manifest.passes if r["name"] == "keep-quantized")
-    return [note for note in record["notes"] if "layer" in note]
-
-
 # q+k+v, o, gate+up and down in each of two layers; the logits' linear stays.
 INT4 = {"linear_int4": 8, "linear_int8": 0, "linear": 1}
-INT8 = {"linear_int4": 0, "linear_int8": 8, "linear": 1}
-PLAIN = {"linear_int4": 0, "linear_int8": 0, "linear": 9}
 
 
-def test_awq(tmp_path: Path) -> None:
-    made = check(tmp_path, foreign.awq(tmp_path / "model"), **INT4)
-    first = verdicts(made)[0]
-    assert first["layer"] == "model.layers.0.self_attn.q_proj+k_proj+v_proj"
-    assert (first["method"], first["format"], first["group_size"]) == ("awq", "int4", 32)
-    assert first["scale_change"] == 0 and "reason" not in first
-    assert made.manifest.quant["method"] == "awq"
+def test_gptq_in_activation_order(tmp_path: Path) -> None:
+    made = check(tmp_path, foreign.gptq(tmp_path / "model", order="features"), **INT4)
+    quant = {"method": "gptq", "format": "int4", "group_size": 32}
+    assert made.manifest.quant == {**quant, "from": "checkpoint", "mixed": False}
 
 
-@pytest.mark.parametrize("v2", [False, True])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_gptq(tmp_path: Path, v2: bool, symmetric: bool) -> None:
-    check(tmp_path, foreign.gptq(tmp_path / "model", v2=v2, symmetric=symmetric), **INT4)
+def test_compressed_tensors_as_transformers_loads_it(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    foreign.compressed(tmp_path / "model", weights=weights)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert hasattr(reference.model.layers[0].mlp.up_proj, "weight_packed")
+    made = check(tmp_path, reference.eval(), **INT4)
+    assert made.manifest.quant["method"] == "compressed-tensors"
 
 
-@pytest.mark.parametrize("order", ["features", "groups"])
-def test_gptq_with_features_out_of_order(tmp_path: Path, order: str) -> None:
-    made = check(tmp_path, foreign.gptq(tmp_path / "model", order=order), **INT4)
-    text = str(made.manifest.passes)
-    assert "keep-quantized" in text
-
-
-def test_gptq_of_whole_rows(tmp_path: Path) -> None:
-    check(tmp_path, foreign.gptq(tmp_path / "model", group=-1), **INT4)
-
-
-def test_gptq_with_8_bits(tmp_path: Path) -> None:
-    check(tmp_path, foreign.gptq(tmp_path / "model", bits=8, symmetric=True), **INT8)
-
-
-def test_gptq_with_8_bits_and_zero_points_is_dequantized(tmp_path: Path) -> None:
-    made = check(tmp_path, foreign.gptq(tmp_path / "model", bits=8), **PLAIN)
-    reasons = [v["reason"] for v in verdicts(made)]
-    assert reasons[0] == "no operator yet for 8 bits with zero points: dequantized to float32"
+def test_another_quantization_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    foreign.awq(tmp_path / "model")
+    with pytest.raises(UserError, match=r"already quantized \(awq int4 g32\), which cannot become"):
+        compiled(tmp_path / "model", tmp_path / "out", quant="rtn", format="int8")
+    assert not (tmp_path / "out").exists()
