@@ -25,6 +25,7 @@ def command(
     from smelt.compiler.manager import Stage
     from smelt.compiler.pipeline import PipelineConfig, pipeline
     from smelt.compiler.quantization import METHODS
+    from smelt.passes.quantize import KeepQuantized
 
     if quant != "none" and quant not in METHODS:
         raise UserError(f"--quant {quant}: expected one of none, {', '.join(METHODS)}")
@@ -34,6 +35,7 @@ def command(
         _print_pipeline(stages)
         return
     known = {s.pass_.name: s.pass_ for s in [*stages, *quantizers.values()]}
+    known[KeepQuantized.name] = KeepQuantized()
     if name not in known:
         raise UserError(f"no pass {name}; there are {', '.join(known)}")
     _print_page(known[name])

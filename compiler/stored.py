@@ -84,14 +84,19 @@ def read_stored(folder: Path, checkpoint: Checkpoint, asked: QuantSpec) -> Store
     quantization = describe(read_json(folder / "config.json"), str(folder))
     if quantization is None:
         return None
+    refuse_another(quantization, asked, str(folder))
+    return StoredModel(quantization, stored_weights(quantization, checkpoint, str(folder)))
+
+
+def refuse_another(quantization: Quantization, asked: QuantSpec, where: str) -> None:
+    """Raise UserError when `asked` wants a quantized checkpoint quantized otherwise."""
     size = asked.group_size or 0
     if asked.method != "none" and not quantization.is_what(asked.method, asked.format, size):
         raise UserError(
-            f"{folder}: the checkpoint is already quantized ({quantization.label()}), which cannot "
+            f"{where}: the checkpoint is already quantized ({quantization.label()}), which cannot "
             f"become {asked.label()}; leave --quant out to compile it as it is, or name the "
             "original model"
         )
-    return StoredModel(quantization, stored_weights(quantization, checkpoint, str(folder)))
 
 
 def _dequantized(

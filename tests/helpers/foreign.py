@@ -167,11 +167,13 @@ def awq(
     return write(folder, model or module("Llama"), config, quantizer, only)
 
 
-def fp8_blocks(folder: Path, block: tuple[int, int] = (128, 128)) -> torch.nn.Module:
-    """DeepSeek's layout: float8_e4m3fn, and a float32 scale to multiply with for every block."""
+def fp8(folder: Path, sizes: tuple[int, int] | None = (128, 128)) -> torch.nn.Module:
+    """DeepSeek's layout: float8_e4m3fn, and a float32 scale to multiply with for every block;
+    sizes None: one scale a tensor."""
 
     def quantizer(name: str, w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         n, k = w.shape
+        block = sizes or (n, k)
         scales = torch.empty(-(-n // block[0]), -(-k // block[1]))
         stored = torch.empty(n, k, dtype=torch.float8_e4m3fn)
         weight = torch.empty(n, k)
@@ -182,10 +184,11 @@ def fp8_blocks(folder: Path, block: tuple[int, int] = (128, 128)) -> torch.nn.Mo
                 scales[i, j] = w[rows, columns].abs().max() / 448
                 stored[rows, columns] = (w[rows, columns] / scales[i, j]).to(torch.float8_e4m3fn)
                 weight[rows, columns] = stored[rows, columns].float() * scales[i, j]
+        scales = scales if sizes else scales.reshape(())
         return {"weight": stored, "weight_scale_inv": scales}, weight
 
     config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
-    config |= {"weight_block_size": list(block)}
+    config |= {"weight_block_size": list(sizes) if sizes else None}
     return write(folder, module("Llama"), config, quantizer)
 
 
@@ -268,6 +271,32 @@ def compressed(
         "kv_cache_scheme": None,
     }
     return write(folder, model or module("Llama"), config, quantizer)
+
+
+def compressed_out_of_order(folder: Path) -> torch.nn.Module:
+    """compressed-tensors as it was written with activation order: `weight_g_idx` beside the packed
+    weight. The package itself no longer writes it."""
+
+    def quantizer(name: str, w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        k = w.shape[1]
+        x = integers(w, symmetric=True, order=np.random.default_rng(k).permutation(k) // 32)
+        tensors = {
+            "weight_packed": _words(x.q, 4, tuple(range(8))),
+            "weight_scale": x.scales,
+            "weight_shape": torch.tensor(list(w.shape)),
+            "weight_g_idx": torch.from_numpy(x.group.astype(np.int32)),
+        }
+        return tensors, x.weight()
+
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    weights |= {"actorder": "group"}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    return write(folder, module("Llama"), config, quantizer)
 
 
 def _ranges(w: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -165,8 +165,14 @@ def test_compressed_tensors_fp8_is_dequantized(tmp_path: Path, strategy: str) ->
     assert first["reason"].startswith("no operator yet for float8 weights (activations float8")
 
 
-def test_fp8_in_blocks_is_dequantized(tmp_path: Path) -> None:
-    first = kept(tmp_path, foreign.fp8_blocks(tmp_path, block=(16, 32)), **PLAIN)[0]
+def test_compressed_tensors_out_of_order(tmp_path: Path) -> None:
+    after = {**INT4, "aten.index_select": 8}
+    kept(tmp_path, foreign.compressed_out_of_order(tmp_path), **after)
+
+
+@pytest.mark.parametrize("sizes", [(16, 32), (128, 128), None])
+def test_fp8_is_dequantized(tmp_path: Path, sizes: tuple[int, int] | None) -> None:
+    first = kept(tmp_path, foreign.fp8(tmp_path, sizes), **PLAIN)[0]
     assert first["reason"] == (
         "no operator yet for float8 weights (activations float8, dynamic): dequantized to float32"
     )
