@@ -111,8 +111,11 @@ def _bind_one(
             f"{where}: {name} has shape {list(found.shape)}, "
             f"config.json says {list(spec.shape)}; do they belong together?"
         )
-    if not found.dtype.is_floating_point:
-        raise UserError(f"{where}: {name} is stored as {found.dtype}; is the checkpoint quantized?")
+    if not found.dtype.is_floating_point or found.dtype.itemsize < 2:
+        raise UserError(
+            f"{where}: {name} is stored as {found.dtype}, and config.json does not say that it is "
+            "quantized; is it complete?"
+        )
     dtype = str(spec.dtype).removeprefix("torch.")
     if current == name:
         return

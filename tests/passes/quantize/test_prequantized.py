@@ -14,6 +14,7 @@ from helpers import foreign
 from helpers.check_pass import check_pass
 from helpers.quantized import module
 from helpers.tiny import Subject, clone_program
+from safetensors.torch import load_file, save_file
 
 from smelt.compiler.manager import PassManager
 from smelt.compiler.pipeline import PipelineConfig, pipeline
@@ -39,9 +40,12 @@ def traced() -> tuple[Any, Program]:
     return model, program_from_export(export(model), model, model.config)
 
 
-def bound(folder: Path) -> Subject:
+def bound(folder: Path, model: Any = None) -> Subject:
     """The program of a quantized folder just before its quantization stage."""
-    model, plain = traced()
+    if model is None:
+        model, plain = traced()
+    else:
+        plain = program_from_export(export(model), model, model.config)
     checkpoint = Checkpoint(folder)
     stored = checkpoint_specs(checkpoint)
     quantized = read_stored(folder, checkpoint, QuantSpec())
@@ -212,6 +216,37 @@ def test_a_module_left_alone_stays_and_its_siblings_do_not_join_it(tmp_path: Pat
     assert reasons["model.layers.0.self_attn.k_proj"] == "the checkpoint holds it at 16 bit"
     values = {"input_ids": IDS, "position_ids": torch.arange(len(IDS))}
     found = subject.program.run(values, weights_of(subject))[0]
+    torch.testing.assert_close(found, expected(reference), atol=1e-4, rtol=1e-4)
+
+
+def test_experts_of_a_quantized_mixture_are_dequantized(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = module("Mixtral", num_local_experts=4, num_experts_per_tok=2)
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    model.save_pretrained(plain)
+    state = load_file(plain / "model.safetensors")
+    stored = dict(state)
+    experts = [name for name in state if ".experts." in name]
+    assert len(experts) == 2 * 4 * 3  # the checkpoint holds them one by one
+    for name in experts:
+        made = foreign.integers(stored.pop(name), group=32)
+        path = name.removesuffix(".weight")
+        stored |= {f"{path}.{leaf}": t for leaf, t in foreign.awq_tensors(made).items()}
+        state[name] = made.weight()
+    save_file(state, plain / "model.safetensors", metadata={"format": "pt"})
+    packed.mkdir()
+    save_file(stored, packed / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
+    (packed / "config.json").write_text(json.dumps(config))
+    subject = bound(packed, model)
+    result = KeepQuantized().run(subject.program, PrequantizedOptions(subject.source))
+    assert sum("experts" in reason for _, reason in result.declined) == 2
+    found = subject.program.run(
+        {"input_ids": IDS, "position_ids": torch.arange(len(IDS))}, weights_of(subject)
+    )[0]
+    reference = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     torch.testing.assert_close(found, expected(reference), atol=1e-4, rtol=1e-4)
 
 
