@@ -29,6 +29,7 @@ VERBS = {
     "inspect": ("inspect", "What an artifact is, what made it, what each pass did."),
     "passes": ("passes", "The resolved pass pipeline, or one pass's page."),
     "trace": ("trace", "Whether a model class exports and matches eager, quickly."),
+    "export": ("export", "Write an artifact's weights as a Hugging Face folder."),
     "plan": ("plan", "Memory a model will need, before anything is built."),
     "eval": ("eval", "Perplexity, and distance from the original model."),
     "bench": ("bench", "Speed of an artifact against this machine's bandwidth."),

@@ -27,6 +27,7 @@ def command(
     from smelt.compiler.pipeline import PipelineConfig, pipeline
     from smelt.compiler.quantization import METHODS
     from smelt.passes.attention.quantize_kv_cache import QuantizeKvCache
+    from smelt.passes.quantize import KeepQuantized
 
     if quant != "none" and quant not in METHODS:
         raise UserError(f"--quant {quant}: expected one of none, {', '.join(METHODS)}")
@@ -35,7 +36,11 @@ def command(
     if name is None:
         _print_pipeline(stages)
         return
-    every = [*(s.pass_ for s in [*stages, *quantizers.values()]), QuantizeKvCache()]
+    every = [
+        *(s.pass_ for s in [*stages, *quantizers.values()]),
+        QuantizeKvCache(),
+        KeepQuantized(),
+    ]
     known = {pass_.name: pass_ for pass_ in every}
     if name not in known:
         raise UserError(f"no pass {name}; there are {', '.join(known)}")

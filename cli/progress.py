@@ -13,6 +13,7 @@ STAGES = {
     "save": "saving the portable program",
     "weights": "writing weights",
     "compile": "compiling the step",
+    "export": "writing the folder",
     "prove": "measuring the result",
     "gate": "comparing with the original",
 }

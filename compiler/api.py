@@ -16,26 +16,25 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from smelt import __version__
-from smelt.models.checkpoint import Checkpoint
-from smelt.models.config import eos_ids, load_config
-from smelt.models.folder import read_json, resolve
-from smelt.models.skeleton import build, fake_parameters
+from smelt.models.config import eos_ids
+from smelt.models.skeleton import fake_parameters
 from smelt.passes.program import Program
-from smelt.passes.weights import Step, TensorSource
+from smelt.passes.weights import Step
 from smelt.runtime import manifest as manifests
 from smelt.runtime.batch import BatchLayout
 from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.manifest import Manifest
 
-from . import artifact, gate, lower, portable
+from . import artifact, gate, lower, origins, portable
+from .loading import Loaded, load
 from .manager import Controls, PassManager, Stage
 from .numerics import NumericsCheck
-from .options import DTYPES, CompileOptions
+from .options import CompileOptions
 from .pipeline import PipelineConfig, installed_passes, load_pass, pipeline, portable_stages
 from .proof import Proof, speed
 from .quantization import quantize_stage
 from .trace import check_against_eager, export, program_from_export, refuse_unsupported
-from .weights import ModuleSource, bind, checkpoint_specs
+from .weights import bind
 
 Progress = Callable[[str, int, int], None]
 
@@ -57,19 +56,6 @@ class Stopped:
     """What the passes did in a compilation that was asked to end early; nothing was written."""
 
     passes: list[dict[str, Any]]
-
-
-@dataclass
-class _Loaded:
-    """A model before it is traced: skeleton, configuration, where its weights are."""
-
-    name: str
-    folder: Path | None
-    config: Any
-    skeleton: nn.Module
-    source: TensorSource
-    stored: dict[str, Any]
-    generation: dict[str, Any]
 
 
 def compile_model(
@@ -97,13 +83,15 @@ def _compile(
     started = time.perf_counter()
     with artifact.replacing(out, settings.force or settings.partial) as folder:
         report("load", 0, 1)
-        loaded = _load(model, settings)
+        loaded = load(model, settings)
         report("trace", 0, 1)
         check_against_eager(loaded.config, settings.trust_remote_code)
         program = _trace(loaded)
         program.target = settings.device
         stages = _stages(settings, program, loaded, report)
-        proof = None if settings.partial else _proof(program, loaded, settings)
+        proof = None
+        if not settings.partial:
+            proof = Proof(program, loaded.source, loaded.folder, settings.calib)
         portable_count = len(portable_stages(stages)[0])
         check = NumericsCheck(program, loaded.source) if settings.check_numerics else None
         controls = Controls(
@@ -123,6 +111,7 @@ def _compile(
         program.layout = _layout(program, settings)
         report("save", 0, 1)
         portable.save_portable(program, folder)
+        origins.save(program, loaded.skeleton, loaded.config, folder)
         manager.run(program, start=portable_count)
         weight_bytes = artifact.write_weights(program, loaded.source, folder, report)
         manifest = _manifest(program, loaded, settings, weight_bytes)
@@ -132,7 +121,8 @@ def _compile(
         artifact.seal(manifest, folder)
         report("prove", 0, 1)
         if proof is not None and settings.backend == "aoti":
-            manifest.quality = proof.quality(folder, settings.lossy)
+            lossy = settings.lossy or manifest.quant["method"] != "none"
+            manifest.quality = proof.quality(folder, lossy)
             manifest.speed = speed(folder)
         manifest.build["seconds"] = round(time.perf_counter() - started, 2)
         manifest.write(folder)
@@ -152,76 +142,26 @@ class _Stopped(Exception):
         self.records = records
 
 
-def _load(model: str | os.PathLike[str] | nn.Module, settings: CompileOptions) -> _Loaded:
-    if isinstance(model, nn.Module):
-        source = ModuleSource(model)
-        config = getattr(model, "config", None)
-        if config is None:
-            raise UserError(f"{type(model).__name__} has no transformers configuration")
-        dtype = _dtype(settings.dtype, next(model.parameters()).dtype)
-        skeleton = build(config, dtype, real=False, trust_remote_code=settings.trust_remote_code)
-        generation = getattr(model, "generation_config", None)
-        given = generation.to_dict() if generation is not None else {}
-        return _Loaded(type(model).__name__, None, config, skeleton, source, source.specs, given)
-    folder = resolve(model, settings.revision)
-    config = load_config(folder, settings.trust_remote_code)
-    checkpoint = Checkpoint(folder)
-    stored = checkpoint_specs(checkpoint)
-    dtype = _dtype(settings.dtype, _stored_dtype(config, stored))
-    skeleton = build(config, dtype, real=False, trust_remote_code=settings.trust_remote_code)
-    path = folder / "generation_config.json"
-    generation_config = read_json(path) if path.is_file() else {}
-    _check_vocabulary(folder, int(config.vocab_size))
-    return _Loaded(
-        os.fspath(model), folder, config, skeleton, checkpoint, stored, generation_config
-    )
-
-
-def _dtype(asked: str, stored: torch.dtype) -> torch.dtype:
-    return stored if asked == "auto" else getattr(torch, DTYPES[asked])
-
-
-def _stored_dtype(config: Any, stored: dict[str, Any]) -> torch.dtype:
-    """The dtype of most of the checkpoint's elements."""
-    sizes: dict[torch.dtype, int] = {}
-    for spec in stored.values():
-        if spec.dtype.is_floating_point:
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-    return max(sizes, key=lambda d: sizes[d], default=torch.float32)
-
-
-def _check_vocabulary(folder: Path, size: int) -> None:
-    """Raise UserError when the tokenizer gives ids that the model has no embedding for."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return
-    data = read_json(path)
-    vocab = (data.get("model") or {}).get("vocab") or {}
-    ids = list(vocab.values()) if isinstance(vocab, dict) else range(len(vocab))
-    ids = [*ids, *(t["id"] for t in data.get("added_tokens") or [])]
-    highest = max((i for i in ids if isinstance(i, int)), default=-1)
-    if highest >= size:
-        raise UserError(
-            f"{folder}: tokenizer.json has token id {highest}, the model's vocabulary ends at "
-            f"{size - 1}; the tokenizer belongs to another model"
-        )
-
-
-def _trace(loaded: _Loaded) -> Program:
+def _trace(loaded: Loaded) -> Program:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fake_parameters(loaded.skeleton, mode)
     program = program_from_export(export(loaded.skeleton), loaded.skeleton, loaded.config)
     refuse_unsupported(program, loaded.config)
-    bind(program.weights, loaded.stored, loaded.skeleton, loaded.name)
+    bind(program.weights, loaded.stored, loaded.skeleton, loaded.name, loaded.quantized)
     return program
 
 
 def _stages(
-    settings: CompileOptions, program: Program, loaded: _Loaded, report: Progress
+    settings: CompileOptions, program: Program, loaded: Loaded, report: Progress
 ) -> list[Stage]:
     extra = [load_pass(p) if isinstance(p, str) else p for p in settings.passes]
     quantize = quantize_stage(
-        settings, loaded.source, loaded.folder, program.facts.max_position, report
+        settings,
+        loaded.source,
+        loaded.folder,
+        program.facts.max_position,
+        report,
+        loaded.quantized is not None,
     )
     options: dict[str, dict[str, Any]] = {"insert-kv-cache": {"block_size": settings.block_size}}
     if settings.providers:
@@ -241,10 +181,6 @@ def _check_step(program: Program) -> None:
         )
 
 
-def _proof(program: Program, loaded: _Loaded, settings: CompileOptions) -> Proof:
-    return Proof(program, loaded.source, loaded.folder, settings.calib)
-
-
 def _layout(program: Program, settings: CompileOptions) -> BatchLayout:
     context = program.facts.max_position
     return BatchLayout(
@@ -257,7 +193,7 @@ def _layout(program: Program, settings: CompileOptions) -> BatchLayout:
 
 
 def _manifest(
-    program: Program, loaded: _Loaded, settings: CompileOptions, weight_bytes: int
+    program: Program, loaded: Loaded, settings: CompileOptions, weight_bytes: int
 ) -> Manifest:
     assert program.caches is not None and program.layout is not None
     config = loaded.config
@@ -278,7 +214,7 @@ def _manifest(
             "source_bytes": source_bytes,
             "weight_plan": program.weights.digest(),
         },
-        quant=settings.spec.to_json(),
+        quant=(loaded.quantized.quantization if loaded.quantized else settings.spec).to_json(),
         target=artifact.describe_target(settings.device),
         backend=settings.backend,
         cache=program.caches,

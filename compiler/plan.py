@@ -34,6 +34,7 @@ from torch import nn
 from smelt.models.checkpoint import Checkpoint
 from smelt.models.config import load_config, max_positions
 from smelt.models.folder import read_json, resolve
+from smelt.models.quantized import Quantization, describe
 from smelt.models.skeleton import build
 from smelt.passes.quantize.spec import FORMATS, QuantSpec, Scheme
 from smelt.runtime import machine
@@ -41,6 +42,7 @@ from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.ops.cache_format import row_bytes
 
 from .options import DTYPES, CompileOptions
+from .stored import refuse_another
 
 DEFAULT_CONTEXT = 4096
 
@@ -102,9 +104,15 @@ def plan(
             text = str(error).replace(f"{folder}/config.json", model).replace(str(folder), model)
             raise UserError(text) from error
         dtype = _dtype(settings.dtype, config, folder, notes)
+        stored = describe(read_json(folder / "config.json"), model)
     ctx = _context(ctx, max_positions(config))
     skeleton = build(config, dtype, real=False, trust_remote_code=trust_remote_code)
     plain, packed = weights_bytes(skeleton, settings.spec)
+    label = settings.spec.label()
+    if stored is not None:
+        refuse_another(stored, settings.spec, model)
+        packed, label = stored_bytes(skeleton, stored), stored.label()
+        notes.append(f"the checkpoint is quantized ({label}) and compiled as it is")
     if settings.spec.method != "none" and any(_is_experts(m) for m in skeleton.modules()):
         notes.append("experts stay unquantized: smelt does not quantize them yet")
     per_layer = kv_bytes_per_layer(config, dtype, settings.kv_cache)
@@ -124,7 +132,7 @@ def plan(
         model_class=type(skeleton).__name__,
         parameters=sum(p.numel() for p in skeleton.parameters()),
         dtype=str(dtype).removeprefix("torch."),
-        quant=settings.spec.label(),
+        quant=label,
         kv_cache=settings.kv_cache,
         ctx=ctx,
         batch=batch,
@@ -211,7 +219,7 @@ def _dtype(asked: str, config: Any, folder: Path, notes: list[str]) -> torch.dty
     if any(folder.glob("*.safetensors")):
         sizes: dict[torch.dtype, int] = {}
         for entry in Checkpoint(folder).entries.values():
-            if entry.dtype.is_floating_point:
+            if entry.dtype.is_floating_point and entry.dtype.itemsize > 1:
                 count = torch.Size(entry.shape).numel() * entry.dtype.itemsize
                 sizes[entry.dtype] = sizes.get(entry.dtype, 0) + count
         if sizes:
@@ -244,6 +252,20 @@ def weights_bytes(skeleton: nn.Module, spec: QuantSpec) -> tuple[int, int]:
             weight: Any = module.weight
             saved += weight.numel() * weight.element_size() - quantized(n, k, spec.scheme(name))
     return plain, plain - saved
+
+
+def stored_bytes(skeleton: nn.Module, stored: Quantization) -> int:
+    """Bytes of all parameters where the checkpoint's quantized linears keep what has an operator:
+    integers of 4 bits, and symmetric ones of 8; the others are dequantized."""
+    total = sum(p.numel() * p.element_size() for p in skeleton.parameters())
+    for name, module, n, k in linears(skeleton):
+        form = stored.form(name)
+        if form is None or form.kind != "int" or (form.bits == 8 and not form.symmetric):
+            continue
+        weight: Any = module.weight
+        packed = quantized(n, k, Scheme(f"int{form.bits}", form.group))
+        total += packed - weight.numel() * weight.element_size()
+    return total
 
 
 def quantized(n: int, k: int, scheme: Scheme) -> int:

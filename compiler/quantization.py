@@ -11,6 +11,8 @@ from smelt.passes.quantize import (
     AwqOptions,
     Fp8Options,
     GptqOptions,
+    KeepQuantized,
+    PrequantizedOptions,
     QuantizeAwq,
     QuantizeFp8,
     QuantizeGptq,
@@ -48,13 +50,17 @@ def quantize_stage(
     folder: Path | None,
     context: int,
     progress: Progress,
+    quantized: bool = False,
 ) -> Stage | None:
     """The stage that `settings` ask for, or None without quantization.
 
-    context: the model's, in tokens; calibration sequences are no longer.
+    context: the model's, in tokens; calibration sequences are no longer. quantized: the checkpoint
+    already is, and keeps what it has.
 
     Raises UserError when calibration is needed and the text or the tokenizer is missing.
     """
+    if quantized:
+        return Stage(KeepQuantized(), PrequantizedOptions(source))
     spec = settings.spec
     if spec.method == "none":
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import nn
 from smelt.models.checkpoint import Checkpoint
 from smelt.passes.weights import Step, TensorSpec, WeightPlan
 from smelt.runtime.errors import UserError
+
+from .stored import StoredModel
 
 
 class ModuleSource:
@@ -37,13 +39,39 @@ def checkpoint_specs(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
     return {n: TensorSpec(e.shape, e.dtype) for n, e in checkpoint.entries.items()}
 
 
-def bind(plan: WeightPlan, stored: Mapping[str, TensorSpec], model: Any, where: str) -> None:
+def stored_dtype(stored: Mapping[str, TensorSpec]) -> torch.dtype:
+    """The dtype of most of the elements; float32 where there are none. A byte is no dtype to
+    compute in."""
+    sizes: dict[torch.dtype, int] = {}
+    for spec in stored.values():
+        if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    return max(sizes, key=lambda d: sizes[d], default=torch.float32)
+
+
+Load = Callable[[WeightPlan, str], str]
+
+
+def bind(
+    plan: WeightPlan,
+    stored: Mapping[str, TensorSpec],
+    model: Any,
+    where: str,
+    quantized: StoredModel | None = None,
+) -> None:
     """Rewrite every `load` step so that it reads tensors that exist in `stored`.
 
-    model: the skeleton, asked for its class's conversions. Raises UserError naming the first weight
-    the checkpoint lacks or holds in another shape.
+    model: the skeleton, asked for its class's conversions. quantized: the linears that the
+    checkpoint holds packed; their weights are unpacked and dequantized. Raises UserError naming the
+    first weight the checkpoint lacks or holds in another shape.
     """
-    recipes = _recipes(stored, model)
+    dtype = next(model.parameters()).dtype
+    recipes = _recipes(quantized.specs(stored, dtype) if quantized else stored, model)
+
+    def load(plan: WeightPlan, key: str) -> str:
+        made = quantized.add(plan, key, stored, dtype) if quantized else None
+        return made or _load(plan, key, stored[key])
+
     steps, plan.steps = plan.steps, []
     wanted = {name: plan.specs[name] for step in steps for name in step.outputs}
     plan.specs.clear()
@@ -52,7 +80,7 @@ def bind(plan: WeightPlan, stored: Mapping[str, TensorSpec], model: Any, where: 
             plan.steps.append(step)
             plan.specs.update({name: wanted[name] for name in step.outputs})
             continue
-        _bind_one(plan, step.outputs[0], wanted[step.outputs[0]], recipes, stored, where)
+        _bind_one(plan, step.outputs[0], wanted[step.outputs[0]], recipes, load, where)
 
 
 def _bind_one(
@@ -60,7 +88,7 @@ def _bind_one(
     name: str,
     spec: TensorSpec,
     recipes: Mapping[str, tuple[list[Any], dict[str, list[str]]]],
-    stored: Mapping[str, TensorSpec],
+    load: Load,
     where: str,
 ) -> None:
     if name not in recipes:
@@ -68,7 +96,7 @@ def _bind_one(
     operations, groups = recipes[name]
     parts: list[list[str]] = []
     for keys in groups.values():
-        parts.append([_load(plan, key, stored[key]) for key in keys])
+        parts.append([load(plan, key) for key in keys])
     try:
         current = _convert(plan, name, operations, parts)
     except RuntimeError as error:
@@ -83,8 +111,11 @@ def _bind_one(
             f"{where}: {name} has shape {list(found.shape)}, "
             f"config.json says {list(spec.shape)}; do they belong together?"
         )
-    if not found.dtype.is_floating_point:
-        raise UserError(f"{where}: {name} is stored as {found.dtype}; is the checkpoint quantized?")
+    if not found.dtype.is_floating_point or found.dtype.itemsize < 2:
+        raise UserError(
+            f"{where}: {name} is stored as {found.dtype}, and config.json does not say that it is "
+            "quantized; is it complete?"
+        )
     dtype = str(spec.dtype).removeprefix("torch.")
     if current == name:
         return

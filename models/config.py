@@ -11,13 +11,15 @@ from typing import Any
 from smelt.runtime.errors import UserError
 
 from .folder import read_json
+from .quantized import describe
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a causal language model in `folder`.
+    """The transformers configuration of a causal language model in `folder`, unquantized.
 
-    Raises UserError for a broken config.json, for code in the folder without trust_remote_code, and
-    for an architecture that is no decoder-only causal LM (encoders, encoder-decoders, vision).
+    Raises UserError for a broken config.json, for code in the folder without trust_remote_code, for
+    a quantization that smelt does not read (`quantized.describe`), and for an architecture that is
+    no decoder-only causal LM (encoders, encoder-decoders, vision).
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoConfig
@@ -42,12 +44,11 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise UserError(
             f"{folder}: {name} is an encoder-decoder; smelt compiles decoder-only models"
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "?")
-        raise UserError(
-            f"{folder}: the checkpoint is already quantized ({method}); "
-            "reading such checkpoints is not supported yet, name the original model"
-        )
+    describe(raw, str(folder))
+    if hasattr(config, "quantization_config"):
+        # The module is traced as the plain architecture; the checkpoint's packed tensors come in
+        # where its weights are bound.
+        del config.quantization_config
     custom = trust_remote_code and "AutoModelForCausalLM" in (raw.get("auto_map") or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not custom:
         text = getattr(config, "text_config", None)

@@ -15,6 +15,7 @@ from smelt.compiler.pipeline import OPT_LEVELS, PipelineConfig, pipeline
 from smelt.compiler.quantization import METHODS
 from smelt.passes.attention.quantize_kv_cache import QuantizeKvCache
 from smelt.passes.base import Close, Exact, Lossy, Pass
+from smelt.passes.quantize import KeepQuantized
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "passes.md"
@@ -79,6 +80,7 @@ def all_passes() -> dict[str, tuple[Pass, str]]:
             levels.setdefault(stage.pass_.name, opt)
     found: dict[str, tuple[Pass, str]] = {}
     quantizers = {METHODS[m].name: (METHODS[m](), f"`--quant {m}`") for m in METHODS}
+    quantizers[KeepQuantized.name] = (KeepQuantized(), "a quantized checkpoint")
     levels[QuantizeKvCache.name] = "`--kv-cache`"
     for stage in stages_of(OPT_LEVELS[-1], next(iter(METHODS)), "int8"):
         name = stage.pass_.name

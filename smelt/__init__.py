@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compiler.api import Artifact
     from .compiler.api import compile_model as compile
+    from .compiler.export import export
     from .passes.base import Pass
     from .runtime.engine import Engine
     from .runtime.errors import SmeltError, UserError
@@ -35,6 +36,7 @@ _PUBLIC = {
     "SmeltError": ("runtime.errors", "SmeltError"),
     "UserError": ("runtime.errors", "UserError"),
     "compile": ("compiler.api", "compile_model"),
+    "export": ("compiler.export", "export"),
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "UserError",
     "__version__",
     "compile",
+    "export",
     "load",
 ]
 

@@ -9,6 +9,7 @@ from torch import fx
 
 from ..base import Close, Pass, PassResult
 from ..program import Program, module_path
+from ..quantize.stored import stored_form
 from ..rewrite import aten, dtype, shape
 
 
@@ -20,10 +21,10 @@ class FuseLinears(Pass):
         k = aten.linear(x, wk)              q = aten.slice(y, -1, 0, Nq)
         v = aten.linear(x, wv)              k = aten.slice(y, -1, Nq, Nq + Nk) ...
 
-    Legal when the siblings stand in one module, have one dtype, and all or none has a bias. q, k
-    and v fuse, and gate and up. Close and not exact: another shape may sum in another order. Pays
-    in decoding, where a step costs by the number of matrix-vector calls and the small k and v
-    products do not fill the memory bus.
+    Legal when the siblings stand in one module, have one dtype and, in a quantized checkpoint, one
+    form, and all or none has a bias. q, k and v fuse, and gate and up. Close and not exact: another
+    shape may sum in another order. Pays in decoding, where a step costs by the number of
+    matrix-vector calls and the small k and v products do not fill the memory bus.
     """
 
     name = "fuse-linears"
@@ -65,8 +66,11 @@ def _refusal(program: Program, family: list[fx.Node]) -> str | None:
         return "a bias is computed in the graph"
     if len({dtype(node.args[1]) for node in family}) > 1:
         return "the siblings' weights have different dtypes"
-    if len({program.weight_name(node.args[1]) for node in family}) < len(family):
+    names = [program.weight_name(node.args[1]) or "" for node in family]
+    if len(set(names)) < len(family):
         return "two siblings share one weight"
+    if len({stored_form(program.weights, name) for name in names}) > 1:
+        return "the checkpoint holds the siblings in different quantized forms"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .awq import AwqOptions, QuantizeAwq
 from .fp8 import Fp8Options, QuantizeFp8
 from .gptq import GptqOptions, QuantizeGptq
+from .prequantized import KeepQuantized, PrequantizedOptions
 from .rtn import QuantizeRtn, RtnOptions
 from .smoothquant import QuantizeSmoothQuant, SmoothQuantOptions
 from .spec import QuantSpec, Scheme
@@ -13,6 +14,8 @@ __all__ = [
     "AwqOptions",
     "Fp8Options",
     "GptqOptions",
+    "KeepQuantized",
+    "PrequantizedOptions",
     "QuantSpec",
     "QuantizeAwq",
     "QuantizeFp8",

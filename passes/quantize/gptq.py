@@ -9,8 +9,9 @@ import torch
 
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
-from smelt.passes.weights import TensorSource
+from smelt.passes.weights import TensorSource, operation
 from smelt.runtime.errors import UserError
+from smelt.runtime.ops.linear import GROUPED_BITS
 from smelt.runtime.ops.packing import pack
 
 from .awq_search import search_clip
@@ -159,6 +160,19 @@ def _put(program: Program, linear: Linear, weight: Quantized) -> None:
     """The found weights as values of the plan, and the operator that reads them."""
     assert weight.zeros is not None
     bits = FORMATS[linear.scheme.format].bits
-    tensors = {"qweight": pack(weight.q, bits), "scales": weight.scales, "zeros": weight.zeros}
-    names = [program.weights.put(f"{linear.weight}.{k}", v) for k, v in tensors.items()]
+    found = {"qweight": pack(weight.q, bits), "scales": weight.scales, "zeros": weight.zeros}
+    given = [program.weights.put(f"{linear.weight}.{k}.found", v) for k, v in found.items()]
+    outputs = [f"{linear.weight}.{field}" for field in found]
+    names = program.weights.add(f"take_int{bits}", outputs, [linear.weight, *given])
     replace_linear(program, linear, names)
+
+
+def _take_operation(bits: int) -> None:
+    @operation(f"take_int{bits}")
+    def _take(weight: torch.Tensor, *found: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What was found for `weight`: the step says which weight the values stand for."""
+        return found
+
+
+for _bits in GROUPED_BITS:
+    _take_operation(_bits)

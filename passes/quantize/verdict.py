@@ -30,6 +30,8 @@ class Verdict:
     calibration rows by plain rounding and as chosen; None where nothing was measured. reason: why
     it was left alone, or why less was done than the method can. activations: how the input is
     quantized; kernel: what multiplies on the target, where that is not every format's own.
+    scale_change: of weights that the checkpoint holds quantized, the largest relative change of a
+    scale.
     """
 
     layer: str
@@ -43,6 +45,7 @@ class Verdict:
     reason: str | None = None
     activations: str | None = None
     kernel: str | None = None
+    scale_change: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}

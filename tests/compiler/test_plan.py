@@ -112,6 +112,19 @@ def test_quantized_weights(tmp_path: Path) -> None:
     assert plan(path, dtype="fp32").weights_bytes == 2 * plain.weights_bytes
 
 
+def test_a_quantized_checkpoint_counts_as_it_is(tmp_path: Path) -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    model = write(tmp_path, {**LLAMA_7B, "quantization_config": config})
+    found = plan(model)
+    assert found.weights_bytes == plan(write(tmp_path, LLAMA_7B), quant="rtn").weights_bytes
+    assert found.quant == "gptq int4 g128" and "compiled as it is" in found.notes[0]
+    with pytest.raises(UserError, match=r"already quantized \(gptq int4 g128\)"):
+        plan(write(tmp_path, {**LLAMA_7B, "quantization_config": config}), quant="rtn")
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    eight = plan(write(tmp_path, {**LLAMA_7B, "quantization_config": config}))
+    assert eight.weights_bytes == eight.weights_unquantized_bytes
+
+
 def test_tied_embeddings_count_once(tmp_path: Path) -> None:
     untied = plan(write(tmp_path, TINY))
     tied = plan(write(tmp_path, {**TINY, "tie_word_embeddings": True}))

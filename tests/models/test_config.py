@@ -60,9 +60,15 @@ def test_other_architectures_are_refused_by_name(
     refused(tmp_path, config, message)
 
 
-def test_a_quantized_checkpoint_is_refused_with_its_method(tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_has_the_configuration_of_the_plain_model(tmp_path: Path) -> None:
     config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}
-    refused(tmp_path, config, r"already quantized \(gptq\)")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not hasattr(load_config(tmp_path), "quantization_config")
+
+
+def test_an_unknown_quantization_is_refused_with_its_method(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}}
+    refused(tmp_path, config, r"quantized with aqlm; smelt reads awq, gptq")
 
 
 CODE = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}

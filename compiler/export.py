@@ -1,0 +1,345 @@
+"""`smelt export`: an artifact's weights as a Hugging Face folder, for all else that runs models.
+
+hf                  plain weights in the model's dtype; quantized linears are dequantized.
+compressed-tensors  quantized linears as the compressed-tensors package reads them (pack-quantized):
+                    the same integers, scales and zero points, under the modules' own names.
+
+The weights come out of the artifact alone. Fused linears are cut apart again along N; norms that a
+scale was folded into are written as they are now.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from smelt.models.folder import TOKENIZER_FILES, read_json
+from smelt.models.skeleton import build
+from smelt.passes.weights import Step
+from smelt.runtime import manifest as manifests
+from smelt.runtime.artifact import map_weights
+from smelt.runtime.errors import SmeltError, UserError
+from smelt.runtime.integrity import verify
+from smelt.runtime.ops.packing import unpack
+
+from . import origins
+from .artifact import SHARD_BYTES, replacing
+from .compressed import Scheme, configuration, packed_tensors
+from .origins import Origin, Part
+from .portable import FACTS, LaidOutSource
+
+FORMATS = ("compressed-tensors", "hf")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. quantized and plain: how many linears each way; notes: what a reader of
+    the folder should know."""
+
+    folder: Path
+    quantized: int
+    plain: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A quantized linear [N, K] in plain integers. q uint8 (4 bits) or int8 [N, K]; scales [N, G];
+    zeros uint8 [N, G] or None. order int64 [K]: the feature each column belongs to, or None."""
+
+    q: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    order: torch.Tensor | None
+
+    @property
+    def group(self) -> int:
+        """Features that share a scale, 0 for the whole row."""
+        groups = self.scales.shape[1]
+        return 0 if groups == 1 else self.q.shape[1] // groups
+
+    def rows(self, start: int, stop: int) -> _Packed:
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        return _Packed(self.q[start:stop], self.scales[start:stop], zeros, self.order)
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [N, K], features in the model's order."""
+        q = self.q.float().unflatten(1, (self.scales.shape[1], -1))
+        if self.zeros is not None:
+            q = q - self.zeros.float()[..., None]
+        weight = (q * self.scales.float()[..., None]).flatten(1)
+        if self.order is None:
+            return weight
+        return torch.empty_like(weight).index_copy_(1, self.order, weight)
+
+
+def export(
+    artifact: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str = "compressed-tensors",
+    progress: Progress | None = None,
+) -> Exported:
+    """Write the artifact's weights as a Hugging Face folder `out`, whole or not at all.
+
+    format: "compressed-tensors" or "hf". The folder has config.json, safetensors, and the
+    tokenizer and generation settings of the artifact. Raises UserError when `out` is in use, when
+    the artifact has no record of its parameters, or when nothing in it is quantized and
+    compressed-tensors was asked for.
+    """
+    source, target = Path(artifact).expanduser(), Path(out).expanduser().absolute()
+    if format not in FORMATS:
+        raise UserError(f"--format {format}: expected one of {', '.join(FORMATS)}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is in use; name a new folder")
+    loaded = manifests.read(source)
+    verify(source, loaded.files)
+    weights = _Weights(source, loaded)
+    chosen = _chosen(weights) if format == "compressed-tensors" else {}
+    if format == "compressed-tensors" and not chosen:
+        raise UserError(
+            f"{source} has no weight that compressed-tensors can hold; export it with --format hf, "
+            "or compile the model with --quant"
+        )
+    with replacing(target, force=False) as folder:
+        writer = _Writer(folder)
+        report = progress or (lambda stage, done, total: None)
+        schemes = _Schemes(loaded.model["dtype"], chosen)
+        for done, (name, value) in enumerate(weights.parameters()):
+            report("export", done, weights.count)
+            for leaf, tensor in schemes.tensors(name, value).items():
+                writer.add(leaf, tensor)
+        weights.check_complete()
+        writer.close()
+        (folder / "config.json").write_text(json.dumps(_config(weights, schemes), indent=1) + "\n")
+        for file in TOKENIZER_FILES:
+            if (source / file).is_file():
+                shutil.copyfile(source / file, folder / file)
+    count = len(schemes.modules)
+    notes = _notes(weights, schemes.modules) if format != "hf" else []
+    return Exported(target, count, weights.linears - count, tuple(notes))
+
+
+class _Weights:
+    """The parameters of an artifact, one after another."""
+
+    def __init__(self, folder: Path, loaded: manifests.Manifest) -> None:
+        self.folder = folder
+        self.config, self._origins = origins.load(folder)
+        steps = [
+            Step(s["op"], tuple(s["outputs"]), tuple(s["inputs"]), s["args"])
+            for s in loaded.layout_steps
+        ]
+        self._source = LaidOutSource(map_weights(folder, "cpu"), steps)
+        self.dtype: torch.dtype = getattr(torch, loaded.model["dtype"])
+        self.model = self._skeleton(self.dtype)
+        self._tied = _first_names(self.model)
+        fields: dict[tuple[Part, ...], dict[str, str]] = {}
+        self._orders: dict[str, str] = {}
+        for name, origin in self._origins.items():
+            if origin.field == "order":
+                self._orders[origin.parts[0].name] = name
+            elif origin.field != "weight":
+                fields.setdefault(origin.parts, {})[origin.field] = name
+        self.quantized = fields
+        self.count = sum(len(o.parts) for o in self._origins.values() if o.field == "weight")
+        self.count += sum(len(parts) for parts in fields)
+        self.linears = sum(isinstance(m, nn.Linear) for m in self.model.modules())
+        self._shapes = {
+            w["tensor"]: w["shape"] for w in read_json(folder / FACTS)["weights"].values()
+        }
+        self._written: set[str] = set()
+
+    def schemes(self) -> dict[str, Scheme | None]:
+        """How each quantized module could be stored; None where its features are out of order."""
+        found: dict[str, Scheme | None] = {}
+        for parts, names in self.quantized.items():
+            k, groups = parts[0].shape[1], int(self._shapes[names["scales"]][1])
+            zeros = "zeros" in names
+            scheme = Scheme(4 if zeros else 8, not zeros, 0 if groups == 1 else k // groups)
+            plain = any(p.name in self._orders or p.turned for p in parts)
+            found |= {p.name.removesuffix(".weight"): None if plain else scheme for p in parts}
+        return found
+
+    def _skeleton(self, dtype: torch.dtype) -> nn.Module:
+        from transformers import AutoConfig
+
+        raw = dict(self.config)
+        try:
+            config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+        except (KeyError, ValueError, TypeError) as error:
+            line = str(error).split("\n")[0]
+            raise UserError(
+                f"{self.folder}: transformers cannot make a model of its configuration ({line}); "
+                "models that bring their own code cannot be exported"
+            ) from error
+        return build(config, dtype, real=False)
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor | _Packed]]:
+        """(name, value) of every parameter; a quantized linear's weight as its integers."""
+        for name, origin in self._origins.items():
+            if origin.field == "weight":
+                yield from self._plain(origin, self._source.tensor(name))
+        for parts, names in self.quantized.items():
+            yield from self._packed(parts, names)
+
+    def _plain(self, origin: Origin, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        start = 0
+        for part in origin.parts:
+            rows = value[start : start + part.shape[0]] if len(origin.parts) > 1 else value
+            start += part.shape[0]
+            yield self._once(part.name), rows.T if part.turned else rows
+
+    def _packed(
+        self, parts: tuple[Part, ...], names: dict[str, str]
+    ) -> Iterator[tuple[str, torch.Tensor | _Packed]]:
+        found = {field: self._source.tensor(name) for field, name in names.items()}
+        q, zeros = found["qweight"], found.get("zeros")
+        if zeros is not None:
+            q = unpack(q, 4, parts[0].shape[1])
+        order = next((self._orders[p.name] for p in parts if p.name in self._orders), None)
+        columns = None if order is None else self._source.tensor(order)
+        whole = _Packed(q, found["scales"], zeros, columns)
+        start = 0
+        for part in parts:
+            rows = whole.rows(start, start + part.shape[0])
+            start += part.shape[0]
+            name = self._once(part.name)
+            # A linear that the module stores turned round has no packed form elsewhere.
+            yield name, rows.dequantize().T.to(self.dtype) if part.turned else rows
+
+    def _once(self, name: str) -> str:
+        name = self._tied.get(name, name)
+        if name in self._written:
+            raise SmeltError(
+                f"{self.folder}: {name} has two values in the artifact, so it is no longer tied; "
+                "such an artifact cannot be exported yet"
+            )
+        self._written.add(name)
+        return name
+
+    def check_complete(self) -> None:
+        """Raise SmeltError when a parameter of the model is in no weight of the artifact."""
+        for name, _ in self.model.named_parameters():
+            if self._tied.get(name, name) not in self._written:
+                raise SmeltError(
+                    f"{self.folder}: no weight of the artifact holds {name} in a form that can be "
+                    "written back; such an artifact cannot be exported yet"
+                )
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """The name under which a tied parameter is stored, by each of its names."""
+    names: dict[int, str] = {}
+    return {
+        name: names.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+@dataclass
+class _Schemes:
+    """Turns parameters into a folder's tensors. modules: the linears that stay quantized."""
+
+    dtype: str
+    modules: dict[str, Scheme] = field(default_factory=dict)
+
+    def tensors(self, name: str, value: torch.Tensor | _Packed) -> dict[str, torch.Tensor]:
+        dtype = getattr(torch, self.dtype)
+        if isinstance(value, torch.Tensor):
+            return {name: value}
+        module = name.removesuffix(".weight")
+        if module not in self.modules:
+            return {name: value.dequantize().to(dtype)}
+        found = packed_tensors(value.q, value.scales, value.zeros, dtype)
+        return {f"{module}.{leaf}": tensor for leaf, tensor in found.items()}
+
+
+def _chosen(weights: _Weights) -> dict[str, Scheme]:
+    """The modules that stay quantized, and how.
+
+    transformers reads zero points only by dequantizing while it loads, and then all modules by one
+    scheme. Where there are any, only the commonest scheme is kept.
+    """
+    possible = {name: scheme for name, scheme in weights.schemes().items() if scheme is not None}
+    if not possible or all(scheme.symmetric for scheme in possible.values()):
+        return possible
+    common = Counter(possible.values()).most_common(1)[0][0]
+    return {name: scheme for name, scheme in possible.items() if scheme == common}
+
+
+def _notes(weights: _Weights, kept: dict[str, Scheme]) -> list[str]:
+    notes = []
+    for name, scheme in weights.schemes().items():
+        if scheme is None:
+            notes.append(
+                f"{name}: written dequantized; its groups hold features out of order, which "
+                "compressed-tensors does not load"
+            )
+        elif name not in kept:
+            notes.append(
+                f"{name}: written dequantized; transformers reads one scheme with zero points a "
+                "model, and others have another"
+            )
+    return notes
+
+
+def _config(weights: _Weights, schemes: _Schemes) -> dict[str, Any]:
+    config = {**weights.config, "dtype": schemes.dtype}
+    config.pop("quantization_config", None)
+    if schemes.modules:
+        linears = [n for n, m in weights.model.named_modules() if isinstance(m, nn.Linear)]
+        left = [name for name in linears if name not in schemes.modules]
+        config["quantization_config"] = configuration(schemes.modules, left)
+    return config
+
+
+class _Writer:
+    """Safetensors files of at most two gibibytes, and their index."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shard: dict[str, torch.Tensor] = {}
+        self._files: list[list[str]] = []
+        self._size = self._total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self._shard[name] = tensor.clone(memory_format=torch.contiguous_format)
+        self._size += tensor.nbytes
+        self._total += tensor.nbytes
+        if self._size >= SHARD_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        path = self._folder / f"{len(self._files)}.safetensors"
+        save_file(self._shard, path, metadata={"format": "pt"})
+        self._files.append(list(self._shard))
+        self._shard, self._size = {}, 0
+
+    def close(self) -> None:
+        """Give the files their names, which hold how many there are."""
+        if self._shard:
+            self._flush()
+        count = len(self._files)
+        if count == 1:
+            os.replace(self._folder / "0.safetensors", self._folder / "model.safetensors")
+            return
+        where: dict[str, str] = {}
+        for i, names in enumerate(self._files):
+            final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            os.replace(self._folder / f"{i}.safetensors", self._folder / final)
+            where |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._total}, "weight_map": where}
+        path = self._folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=1) + "\n")

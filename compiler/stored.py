@@ -1,0 +1,146 @@
+"""Quantized checkpoints: each packed linear becomes plan steps that make its plain weight.
+
+To the binding of names a quantized linear looks as if the checkpoint held `MODULE.weight`. Behind
+that name stand the steps that unpack the foreign layout and dequantize it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smelt.models.checkpoint import Checkpoint
+from smelt.models.folder import read_json
+from smelt.models.quantized import Quantization, describe
+from smelt.models.stored import StoredWeight, own_tensors, stored_weights
+from smelt.passes.quantize.spec import QuantSpec
+from smelt.passes.quantize.stored import DEQUANTIZE
+from smelt.passes.weights import TensorSpec, WeightPlan
+from smelt.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """The quantized part of a checkpoint: its description, and its linears by module path."""
+
+    quantization: Quantization
+    weights: Mapping[str, StoredWeight]
+
+    def plain(self, stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        """The checkpoint's tensors without those of its quantized linears."""
+        own = {name for weight in self.weights.values() for name in own_tensors(weight)}
+        return {name: spec for name, spec in stored.items() if name not in own}
+
+    def specs(self, stored: Mapping[str, TensorSpec], dtype: torch.dtype) -> dict[str, TensorSpec]:
+        """`plain` with a `MODULE.weight` [N, K] in `dtype` for every quantized linear."""
+        weights = {
+            f"{module}.weight": TensorSpec((weight.n, weight.k), dtype)
+            for module, weight in self.weights.items()
+        }
+        return {**self.plain(stored), **weights}
+
+    def add(
+        self, plan: WeightPlan, key: str, stored: Mapping[str, TensorSpec], dtype: torch.dtype
+    ) -> str | None:
+        """Plan `MODULE.weight` from its packed tensors; None when `key` is no quantized weight."""
+        weight = self.weights.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        if weight is None:
+            return None
+        return _dequantized(plan, weight, self.quantization.method, stored, dtype)
+
+    def check(self, checkpoint: Checkpoint, model: Any, where: str) -> None:
+        """Raise UserError for quantized tensors that the module they belong to cannot take.
+
+        A bias that the model has no place for is ignored when it is zero, as AutoGPTQ writes it.
+        """
+        modules = dict(model.named_modules())
+        prefix = getattr(model, "base_model_prefix", "")
+        for path in self.weights:
+            module = modules.get(path) or modules.get(f"{prefix}.{path}")
+            if module is None:
+                continue
+            if type(module).__name__ == "Conv1D":
+                raise UserError(
+                    f"{where}: {path} is a quantized Conv1D; quantized checkpoints of GPT-2 and "
+                    "other models of Conv1D layers are not supported yet"
+                )
+            bias = f"{path}.bias"
+            lacks = getattr(module, "bias", None) is None and bias in checkpoint.entries
+            if lacks and bool(checkpoint.tensor(bias).any()):
+                raise UserError(
+                    f"{where}: {bias} is not zero, and {type(model).__name__} has no such bias"
+                )
+
+
+def read_stored(folder: Path, checkpoint: Checkpoint, asked: QuantSpec) -> StoredModel | None:
+    """The quantized part of the model in `folder`, None for an ordinary one.
+
+    Raises UserError when it is quantized and `asked` wants it quantized otherwise.
+    """
+    quantization = describe(read_json(folder / "config.json"), str(folder))
+    if quantization is None:
+        return None
+    refuse_another(quantization, asked, str(folder))
+    return StoredModel(quantization, stored_weights(quantization, checkpoint, str(folder)))
+
+
+def refuse_another(quantization: Quantization, asked: QuantSpec, where: str) -> None:
+    """Raise UserError when `asked` wants a quantized checkpoint quantized otherwise."""
+    size = asked.group_size or 0
+    if asked.method != "none" and not quantization.is_what(asked.method, asked.format, size):
+        raise UserError(
+            f"{where}: the checkpoint is already quantized ({quantization.label()}), which cannot "
+            f"become {asked.label()}; leave --quant out to compile it as it is, or name the "
+            "original model"
+        )
+
+
+def _dequantized(
+    plan: WeightPlan,
+    weight: StoredWeight,
+    method: str,
+    stored: Mapping[str, TensorSpec],
+    dtype: torch.dtype,
+) -> str:
+    loaded = {
+        role: plan.load(f"checkpoint:{name}", name, stored[name].shape, stored[name].dtype)
+        for role, name in weight.tensors.items()
+    }
+    form, base = weight.form, f"checkpoint:{weight.module}"
+    q, scales, zeros = loaded["q"], loaded["scales"], loaded.get("zeros")
+    if form.layout == "awq":
+        q, zeros = plan.add("unpack_awq", [f"{base}.q", f"{base}.zeros"], [q, str(zeros)])
+    elif form.layout == "gptq":
+        names = [f"{base}.q", f"{base}.zeros"]
+        how = {"bits": form.bits, "offset": form.zero_offset}
+        q, zeros = plan.add("unpack_gptq", names, [q, str(zeros)], **how)
+    elif form.layout == "packed":
+        (q,) = plan.add("unpack_rows", [f"{base}.q"], [q], bits=form.bits, k=weight.k)
+        if zeros is not None:
+            how = {"bits": form.bits, "n": weight.n}
+            (zeros,) = plan.add("unpack_columns", [f"{base}.zeros"], [zeros], **how)
+    if form.layout in ("awq", "gptq"):
+        (scales,) = plan.add("transpose", [f"{base}.scales"], [scales], dim0=0, dim1=1)
+    given = {"zeros": zeros, "order": loaded.get("order")}
+    extras = {kind: name for kind, name in given.items() if name is not None}
+    (name,) = plan.add(
+        DEQUANTIZE,
+        [f"{base}.weight"],
+        [q, scales, *extras.values()],
+        kinds=list(extras),
+        group=form.group,
+        rows=form.rows,
+        dtype=str(dtype).removeprefix("torch."),
+        layer=weight.module,
+        form={
+            "method": method,
+            "bits": form.bits,
+            "order": weight.order,
+            "activations": form.activations,
+        },
+    )
+    return name
