@@ -32,10 +32,14 @@ from smelt.compiler.weights import ModuleSource
 from smelt.passes.program import Program
 from smelt.passes.quantize import (
     AwqOptions,
+    Fp8Options,
     QuantizeAwq,
+    QuantizeFp8,
     QuantizeRtn,
+    QuantizeSmoothQuant,
     QuantSpec,
     RtnOptions,
+    SmoothQuantOptions,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +48,20 @@ CHECKPOINTS = ("stories260K", "babyllama361")
 SCHEMES = (
     QuantSpec("rtn", "int8"),
     *(QuantSpec(method, "int4", size) for size in (32, 64, 128) for method in ("rtn", "awq")),
+    QuantSpec("smoothquant", alpha=0.0),
+    QuantSpec("smoothquant"),
+    QuantSpec("smoothquant", alpha=0.0, activations="static"),
+    QuantSpec("smoothquant", activations="static"),
+    QuantSpec("rtn", "fp8"),
+    QuantSpec("fp8"),
+    QuantSpec("fp8", activations="static"),
+    QuantSpec("fp8", group_size=128),
 )
+CALIBRATED: dict[str, Any] = {
+    "awq": (QuantizeAwq, AwqOptions),
+    "smoothquant": (QuantizeSmoothQuant, SmoothQuantOptions),
+    "fp8": (QuantizeFp8, Fp8Options),
+}
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 
 
@@ -99,7 +116,8 @@ def stored_bytes(program: Program) -> int:
     total = 0
     for name in program.used_weights():
         spec = program.weights.specs[name]
-        wide = spec.dtype.is_floating_point and spec.dtype.itemsize > 2
+        scale = name.partition("@")[0].endswith((".scales", ".input_scale"))
+        wide = spec.dtype.is_floating_point and spec.dtype.itemsize > 2 and not scale
         total += spec.nbytes * 2 // spec.dtype.itemsize if wide else spec.nbytes
     return total
 
@@ -124,7 +142,8 @@ def measure(of: Subject, spec: QuantSpec | None, samples: Any) -> Row:
     if spec is not None and spec.method == "rtn":
         QuantizeRtn().run(program, RtnOptions(spec))
     elif spec is not None:
-        QuantizeAwq().run(program, AwqOptions(spec, samples, of.source))
+        quantizer, options = CALIBRATED[spec.method]
+        quantizer().run(program, options(spec, samples, of.source))
     seconds = time.perf_counter() - started
     found = of.reference if spec is None else run(program, of.source, of.windows)
     loss, kl, same, tokens = 0.0, 0.0, 0, 0

@@ -160,7 +160,7 @@ class QuantSpec:
         if self.method == "none":
             return {}
         form = FORMATS[self.format]
-        weights = {
+        weights: dict[str, Any] = {
             "num_bits": form.bits,
             "type": "float" if self.format == "fp8" else "int",
             "symmetric": form.symmetric,

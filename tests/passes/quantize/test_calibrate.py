@@ -7,7 +7,7 @@ import torch
 from helpers.quantized import module, program_of, random_ids
 
 from smelt.compiler.weights import ModuleSource
-from smelt.passes.quantize.calibrate import Statistics, calibrate
+from smelt.passes.quantize.calibrate import Replacement, Statistics, calibrate
 from smelt.passes.quantize.groups import Group, find_groups
 from smelt.passes.quantize.linears import find_linears
 from smelt.passes.quantize.spec import QuantSpec
@@ -70,6 +70,35 @@ def test_later_layers_see_the_error_of_earlier_ones() -> None:
     first, later = "model.layers.0.self_attn.q_proj+k_proj+v_proj", "model.layers.1.mlp.down_proj"
     assert torch.equal(plain[first].mean, changed[first].mean)
     assert not torch.allclose(plain[later].mean, changed[later].mean, rtol=1e-2)
+
+
+def test_a_linear_may_go_on_with_a_function_of_its_input_and_bias() -> None:
+    """Methods that quantize inputs, too, replace the whole product and not its weight."""
+    model = module("Qwen2", num_hidden_layers=1)
+    plain = collect(model)
+    program = program_of(model)
+    groups = find_groups(program, find_linears(program, QuantSpec("rtn", "int4", 32)))
+    found: dict[str, Statistics] = {}
+    biased: list[bool] = []
+
+    def choose(
+        group: Group, weights: list[torch.Tensor], statistics: Statistics
+    ) -> list[Replacement]:
+        found[group.linears[0].layer] = statistics
+
+        def product(weight: torch.Tensor) -> Replacement:
+            def apply(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+                biased.append(bias is not None)
+                return torch.nn.functional.linear(x, weight, bias)
+
+            return apply
+
+        return [product(weight) for weight in weights]
+
+    calibrate(program, groups, SAMPLES, ModuleSource(model), choose)
+    assert True in biased and False in biased, "qkv has a bias, the others have none"
+    for layer, statistics in plain.items():
+        assert torch.equal(found[layer].rows, statistics.rows), layer
 
 
 def test_kept_rows_are_bounded_seeded_and_the_same_for_all_groups() -> None:

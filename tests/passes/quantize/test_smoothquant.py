@@ -94,6 +94,11 @@ def planted() -> torch.nn.Module:
     return model
 
 
+@pytest.fixture(scope="module")
+def searched(planted: torch.nn.Module) -> tuple[Program, PassResult]:
+    return smoothed(planted)
+
+
 class Layer(Toy):
     """A norm and the linears that read it, one with a bias, one behind a gate."""
 
@@ -147,10 +152,18 @@ def test_what_becomes_of_a_layer(name: str, settings: dict[str, Any]) -> None:
 
 
 def test_planted_outliers_ruin_plain_w8a8_and_not_smoothquant(planted: torch.nn.Module) -> None:
-    naive = quality(planted, IDS, alpha=0.0)
-    fixed, searched = quality(planted, IDS, alpha=0.5), quality(planted, IDS)
+    naive, fixed = quality(planted, IDS, alpha=0.0), quality(planted, IDS, alpha=0.5)
     assert naive.kl > 1e-3
-    assert fixed.kl < 0.1 * naive.kl and searched.kl < 0.1 * naive.kl
+    assert fixed.kl < 0.1 * naive.kl
+
+
+def test_a_searched_alpha_is_as_good(
+    planted: torch.nn.Module, searched: tuple[Program, PassResult]
+) -> None:
+    source = ModuleSource(planted)
+    reference = logits(copy_of(planted), source, IDS)
+    found = score(logits(searched[0], source, IDS), reference, IDS)
+    assert found.kl < 0.1 * quality(planted, IDS, alpha=0.0).kl
 
 
 def test_with_one_scale_for_all_tokens_too(planted: torch.nn.Module) -> None:
@@ -159,8 +172,8 @@ def test_with_one_scale_for_all_tokens_too(planted: torch.nn.Module) -> None:
     assert searched.kl < 0.3 * naive.kl
 
 
-def test_verdicts_tell_every_layers_error(planted: torch.nn.Module) -> None:
-    program, result = smoothed(planted)
+def test_verdicts_tell_every_layers_error(searched: tuple[Program, PassResult]) -> None:
+    program, result = searched
     found = layers(result)
     assert len(found) == 4
     for note in found.values():
@@ -173,8 +186,10 @@ def test_verdicts_tell_every_layers_error(planted: torch.nn.Module) -> None:
     assert result.notes[-1]["summary"].startswith("quantized")
 
 
-def test_nothing_is_multiplied_at_run_time(planted: torch.nn.Module) -> None:
-    program, _ = smoothed(planted)
+def test_nothing_is_multiplied_at_run_time(
+    planted: torch.nn.Module, searched: tuple[Program, PassResult]
+) -> None:
+    program, _ = searched
     assert len(program.calls(smelt.linear_w8a8.default)) == 4
     products = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
     assert len(program.calls(*products)) == len(copy_of(planted).calls(*products))
@@ -193,8 +208,10 @@ def test_the_folded_norm_holds_the_planted_outliers_no_more(planted: Any) -> Non
     assert spread[1] < 0.3 * spread[0]
 
 
-def test_replaying_the_plan_gives_the_same_bits(planted: torch.nn.Module) -> None:
-    first, second = smoothed(planted)[0], smoothed(planted)[0]
+def test_replaying_the_plan_gives_the_same_bits(
+    planted: torch.nn.Module, searched: tuple[Program, PassResult]
+) -> None:
+    first, second = searched[0], smoothed(planted)[0]
     assert first.weights.digest() == second.weights.digest()
     source = ModuleSource(planted)
     again = weights_of(second, source)
@@ -258,7 +275,9 @@ def test_difficulty_moves_from_activations_to_weights() -> None:
     rows[:, 7] *= 60
     s = smooth_factor(rows.abs().amax(0), weight_largest([weight]), 0.5)
     assert s[7] == s.max()
-    assert (rows / s).abs().amax() < 0.3 * rows.abs().amax()
+    largest = [x.abs().amax(0) for x in (rows, rows / s)]
+    before, after = (float(x.max() / x.median()) for x in largest)
+    assert after < 0.2 * before, "the outlier stands out less"
     inputs = Inputs(rows.abs().amax(0), rows, False)
     right, plain, wrong = (output_error([weight], inputs, f)[0] for f in (s, None, 1 / s))
     assert right < 0.2 * plain and plain < wrong
