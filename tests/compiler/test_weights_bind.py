@@ -146,7 +146,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
 
 def test_integers_are_taken_for_a_quantized_checkpoint(tmp_path: Path) -> None:
     subject, folder = edited(tmp_path, **{NORM: torch.zeros(64, dtype=torch.int8)})
-    with pytest.raises(UserError, match=f"{NORM} is stored as torch.int8; is the checkpoint quant"):
+    with pytest.raises(UserError, match=f"{NORM} is stored as torch.int8, and config.json does"):
         bound(subject, folder)
 
 
