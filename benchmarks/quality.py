@@ -58,11 +58,6 @@ SCHEMES = (
     QuantSpec("fp8", activations="static"),
     QuantSpec("fp8", group_size=128),
 )
-CALIBRATED: dict[str, Any] = {
-    "awq": (QuantizeAwq, AwqOptions),
-    "smoothquant": (QuantizeSmoothQuant, SmoothQuantOptions),
-    "fp8": (QuantizeFp8, Fp8Options),
-}
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 
 

@@ -35,7 +35,7 @@ class Recipe:
     layers: int
     heads: int
     kv_heads: int
-    steps: int
+    cycles: tuple[int, ...]
     peak_rate: float
     tokens_per_step: int = 2048
     warm_up: int = 100
@@ -43,10 +43,15 @@ class Recipe:
     weight_decay: float = 0.1
     prompt_weight: float = 0.1
 
+    @property
+    def steps(self) -> int:
+        """Steps in all: where the last cycle of the learning rate ends."""
+        return self.cycles[-1]
+
 
 RECIPES = {
-    "demo": Recipe("smelt-demo", 256, 640, 5, 4, 2, steps=3000, peak_rate=4e-3),
-    "draft": Recipe("smelt-demo-draft", 128, 384, 4, 2, 1, steps=1200, peak_rate=4e-3),
+    "demo": Recipe("smelt-demo", 256, 640, 5, 4, 2, cycles=(5400, 7200), peak_rate=4e-3),
+    "draft": Recipe("smelt-demo-draft", 128, 384, 4, 2, 1, cycles=(9000, 11000), peak_rate=4e-3),
 }
 
 
@@ -71,14 +76,15 @@ def make_model(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def rate_at(step: int, steps: int, recipe: Recipe) -> float:
-    """The learning rate: a warm-up, a plateau, and a fall to zero over the last part.
+def rate_at(step: int, recipe: Recipe) -> float:
+    """The learning rate: in each cycle a warm-up, a plateau, and a fall to zero at its end.
 
-    With a plateau the number of steps can be changed while a run is under way, up to the start
-    of the fall, and the result is the same as if it had been chosen at the beginning.
+    A cycle more is how a finished model is trained further.
     """
-    left = (steps - step) / (recipe.decay_share * steps)
-    return recipe.peak_rate * min(1.0, (step + 1) / recipe.warm_up, left)
+    start = max((end for end in recipe.cycles if end <= step), default=0)
+    end = min(end for end in recipe.cycles if end > step)
+    left = (end - step) / (recipe.decay_share * (end - start))
+    return recipe.peak_rate * min(1.0, (step - start + 1) / recipe.warm_up, left)
 
 
 def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -118,10 +124,8 @@ def export(model: LlamaForCausalLM, folder: Path) -> None:
     rounded.save_pretrained(folder)
 
 
-def train(
-    recipe: Recipe, run: Path, folder: Path, steps: int, minutes: float | None, seed: int = 0
-) -> None:
-    """Train up to `steps`, or for `minutes`; the state in `run` lets a later call go on."""
+def train(recipe: Recipe, run: Path, folder: Path, minutes: float | None, seed: int = 0) -> None:
+    """Train to the end of the recipe, or for `minutes`; the state in `run` lets it go on later."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     torch.manual_seed(seed)
     model = make_model(recipe, tokenizer)
@@ -151,13 +155,13 @@ def train(
     print(f"{sum(p.numel() for p in model.parameters())} parameters, from step {step}", flush=True)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     mark, shown = time.monotonic(), 0.0
-    while step < steps and (deadline is None or time.monotonic() < deadline):
+    while step < recipe.steps and (deadline is None or time.monotonic() < deadline):
         # Every fourth step takes longer rows, so that all positions of the context are trained.
         length = 512 if step % 4 == 3 else 256
         rows = recipe.tokens_per_step // length
         batch = packed_batch(tokenizer, f"{seed} {step}", rows, length, recipe.prompt_weight)
         ids, weights = torch.tensor(batch.ids), torch.tensor(batch.weights)[:, 1:].flatten()
-        rate = rate_at(step, steps, recipe)
+        rate = rate_at(step, recipe)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = functional.cross_entropy(
@@ -191,7 +195,6 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description="Train a demo model.")
     parser.add_argument("--size", choices=sorted(RECIPES), required=True)
-    parser.add_argument("--steps", type=int, help="steps in all; default: those of the recipe")
     parser.add_argument("--minutes", type=float, help="stop after this time; resume by rerunning")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--run", type=Path, help="folder of the state; default: build/<model>")
@@ -199,7 +202,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     recipe = RECIPES[args.size]
     run = args.run or Path("build") / recipe.folder
-    train(recipe, run, HERE / recipe.folder, args.steps or recipe.steps, args.minutes)
+    train(recipe, run, HERE / recipe.folder, args.minutes)
 
 
 if __name__ == "__main__":
