@@ -19,7 +19,10 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-NAMES = ("smelt-bf16", "smelt-int8", "smelt-int4", "hf-eager", "hf-compile")
+NAMES = (
+    *("smelt-bf16", "smelt-int8", "smelt-int4", "smelt-int3", "smelt-w8a8"),
+    *("hf-eager", "hf-compile"),
+)
 
 
 class Contender(Protocol):

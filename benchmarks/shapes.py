@@ -62,6 +62,9 @@ QUANTS: dict[str, dict[str, Any]] = {
     "bf16": {"quant": "none"},
     "int8": {"quant": "rtn", "format": "int8"},
     "int4": {"quant": "rtn", "format": "int4"},
+    "int3": {"quant": "rtn", "format": "int3"},
+    # Without outliers to move: the arithmetic is the same, and random weights have none.
+    "w8a8": {"quant": "smoothquant", "alpha": 0.0},
 }
 
 
@@ -152,7 +155,7 @@ def make_artifact(shape: Shape, folder: Path, quant: str) -> None:
     import smelt
 
     options = dict(QUANTS[quant])
-    if quant == "int4":
+    if quant in ("int4", "int3"):
         options["group_size"] = shape.group
     smelt.compile(checkpoint(shape), folder, dtype="bf16", force=True, **options)
 

@@ -23,7 +23,7 @@ from typing import Any
 from smelt.runtime.errors import UserError
 
 READ = ("awq", "gptq", "compressed-tensors", "fp8")
-_ADVICE = "name the original model, or a checkpoint in one of the formats of docs/quantization.md"
+_ADVICE = "name the original model, or a checkpoint in one of the formats of docs/checkpoints.md"
 
 
 @dataclass(frozen=True)
