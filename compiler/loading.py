@@ -40,6 +40,10 @@ class Loaded:
 
 
 def load(model: str | os.PathLike[str] | nn.Module, settings: CompileOptions) -> Loaded:
+    """Read `model` (folder, hub name, or a transformers module), no weight yet.
+
+    Raises UserError for what is no causal LM, is damaged, or has a tokenizer of another model.
+    """
     if isinstance(model, nn.Module):
         source = ModuleSource(model)
         config = getattr(model, "config", None)

@@ -16,6 +16,7 @@ from helpers.quantized import (
     weights_of,
 )
 
+from smelt.compiler.origins import origins
 from smelt.compiler.weights import ModuleSource
 from smelt.passes.base import PassResult
 from smelt.passes.dialect import verify
@@ -150,6 +151,15 @@ def test_planned_weights_are_the_ones_that_were_measured() -> None:
     for key, value in weights_of(again, ModuleSource(model)).items():
         assert torch.equal(value, weights[key])
     assert note["error"] < note["error_rtn"]
+
+
+def test_weights_say_which_parameters_they_stand_for() -> None:
+    """What `smelt export` reads, though no formula makes these weights from the checkpoint."""
+    model = module("Llama", num_hidden_layers=1)
+    program, _ = gptq(model, SAMPLES)
+    found = origins(program, {name for name, _ in model.named_parameters()})
+    packed = [origin for origin in found.values() if origin.field == "qweight"]
+    assert sorted(len(origin.parts) for origin in packed) == [1, 1, 2, 3]
 
 
 def test_without_text_it_says_what_to_do() -> None:
