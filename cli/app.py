@@ -134,6 +134,12 @@ def _options(
     """Compiles a Hugging Face causal LM into a fast artifact, and runs it."""
 
 
+def quiet_libraries() -> None:
+    """Let CHATTY libraries speak of errors only."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _debug_first(arguments: list[str]) -> list[str]:
     """`--debug` belongs to `smelt`, but people add it behind the command that just failed."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
@@ -146,8 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = _debug_first(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
     if not debug:
-        for name in CHATTY:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        quiet_libraries()
     try:
         code = app(args=arguments or ["--help"], prog_name="smelt", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):

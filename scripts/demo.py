@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import smelt
+from smelt.cli.app import quiet_libraries
 from smelt.cli.compile import size, summary
 from smelt.cli.progress import reporting
 from smelt.compiler.api import Artifact
@@ -15,14 +16,15 @@ from smelt.models.demo.evaluate import task_accuracy, transformers_generate_fn
 
 QUESTIONS = (
     "What is 17 + 25?",
-    "Sort these numbers: 42 7 19 3",
-    "Tom has a red ball. Anna has a blue kite. Who has the kite?",
-    "Hello! How are you?",
+    "Sort these numbers: 42, 7, 19, 3",
+    "Tom has a red ball. What colour is the ball?",
+    "How are you today?",
 )
 PER_TASK = 24
 
 
 def main(model: Path, out: Path) -> None:
+    quiet_libraries()
     print(f"compiling {model} with AWQ (int4, groups of 128) into {out}")
     with reporting() as report:
         calibration = str(model.parent / "calibration.txt")
@@ -51,9 +53,9 @@ def main(model: Path, out: Path) -> None:
         after = task_accuracy(generate, PER_TASK)
     before = task_accuracy(transformers_generate_fn(model), PER_TASK)
     for task, score in before.items():
-        print(f"  {task:<14} {score:4.0%} -> {after[task]:4.0%}")
+        print(f"  {task:<15} {score:4.0%} -> {after[task]:4.0%}")
     mean = sum(before.values()) / len(before), sum(after.values()) / len(after)
-    print(f"  {'mean':<14} {mean[0]:4.0%} -> {mean[1]:4.0%}")
+    print(f"  {'mean':<15} {mean[0]:4.0%} -> {mean[1]:4.0%}")
     original, packed = artifact.manifest.model["source_bytes"], (out / "weights.safetensors").stat()
     print(f"\nsize {size(original)} -> {size(packed.st_size)}")
     print(f"next: .venv/bin/smelt chat {out}")

@@ -53,7 +53,9 @@ def transformers_generate_fn(folder: Path, batch_size: int = 64) -> GenerateFn:
     """Greedy generation with transformers, in float32 and in batches padded on the left."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
