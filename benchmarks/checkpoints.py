@@ -52,10 +52,13 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=sorted(MODELS), help="one of the models")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name, (folder, text, calibration, prompt) in MODELS.items():
+        if arguments.only not in (None, name):
+            continue
         original = EagerModel(folder)
         content = text.read_text(encoding="utf-8")[:CHARS]
         for scheme, options in SCHEMES.items():
