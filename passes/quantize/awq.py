@@ -105,24 +105,20 @@ class QuantizeAwq(Pass):
         scales = {g.linears[0].weight: choices[g.linears[0].weight].scale for g in groups}
         applied = fold(program, [(g, scales[g.linears[0].weight]) for g in groups])
         reasons = {linear.node: g.reason for g in groups for linear in g.linears}
-        declined: list[tuple[Linear, str]] = []
 
-        def rewrite(linear: Linear) -> Verdict:
+        def rewrite(linear: Linear, result: PassResult) -> Verdict:
             choice = choices[linear.weight]
             clip = None
             if choice.clip.any():
                 clip = program.weights.put(f"{linear.weight}.clip", choice.clip)
             reason = reasons[linear.node]
             if reason is not None:
-                declined.append((linear, f"no scale folded: {reason}"))
+                result.decline(linear.node, f"no scale folded: {reason}")
             names = applied.get(linear.weight, {})
             to_quantized(program, linear, names.get("columns"), names.get("rows"), clip)
             return _verdict(linear, choice, reason)
 
-        result = rewrite_each(program, linears, rewrite)
-        for linear, reason in declined:
-            result.decline(linear.node, reason)
-        return result
+        return rewrite_each(program, linears, rewrite)
 
 
 def _choose(

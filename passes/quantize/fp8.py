@@ -21,7 +21,7 @@ from .formats import _prepared, check_finite
 from .groups import Group, find_groups
 from .linears import Linear, find_linears
 from .spec import QuantSpec
-from .verdict import Verdict, left_alone, left_experts, parameters, summary
+from .verdict import Verdict, rewrite_each
 
 smelt = torch.ops.smelt
 KERNELS = {
@@ -158,27 +158,16 @@ class QuantizeFp8(Pass):
     def run(self, program: Program, options: Fp8Options) -> PassResult:
         spec = options.spec
         linears = find_linears(program, spec)
-        weights = parameters(program)
         choices: dict[str, _Choice] = {}
         if spec.needs_calibration:
             choices = _calibrated(program, find_groups(program, linears), options)
-        result = PassResult()
-        for linear in linears:
-            count = max(1, len(linear.sources))
-            result.matched += count
-            if linear.reason is not None:
-                result.decline(linear.node, linear.reason)
-                result.notes.append(left_alone(linear).to_json())
-                continue
+
+        def rewrite(linear: Linear, result: PassResult) -> Verdict:
             choice = choices.get(linear.weight)
             to_fp8(program, linear, choice.input_scale if choice else None)
-            result.rewritten += count
-            error = choice.error if choice else None
-            result.notes.append(_verdict(linear, spec, error, program.target).to_json())
-        left_experts(program, result)
-        result.notes.append(summary(linears, weights))
-        program.clean()
-        return result
+            return _verdict(linear, spec, choice.error if choice else None, program.target)
+
+        return rewrite_each(program, linears, rewrite)
 
 
 def _calibrated(

@@ -111,7 +111,7 @@ class QuantizeGptq(Pass):
             whole_gram=True,
         )
 
-        def rewrite(linear: Linear) -> Verdict:
+        def rewrite(linear: Linear, result: PassResult) -> Verdict:
             choice = choices.pop(linear.weight)
             _put(program, linear, choice.weight)
             notes = [note for note in (choice.note, group_note(linear)) if note]

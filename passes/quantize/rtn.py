@@ -55,7 +55,7 @@ class QuantizeRtn(Pass):
         return program.facts.module_counts.get("linear")
 
     def run(self, program: Program, options: RtnOptions) -> PassResult:
-        def rewrite(linear: Linear) -> Verdict:
+        def rewrite(linear: Linear, result: PassResult) -> Verdict:
             fp8 = linear.scheme.format == "fp8"
             to_fp8(program, linear) if fp8 else to_quantized(program, linear)
             return Verdict(

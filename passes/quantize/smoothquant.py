@@ -20,7 +20,7 @@ from .groups import Group, find_groups
 from .linears import Linear, find_linears
 from .smooth_search import ALPHAS, Inputs, output_error, search_alpha
 from .spec import QuantSpec
-from .verdict import Verdict, left_alone, left_experts, parameters, summary
+from .verdict import Verdict, rewrite_each
 from .w8a8 import check_width, kernel_of, product, to_w8a8
 
 LABELS = {"dynamic": "int8, a scale a token", "static": "int8, one scale"}
@@ -93,7 +93,6 @@ class QuantizeSmoothQuant(Pass):
         for linear in linears:
             if linear.reason is None:
                 check_width(linear)
-        weights = parameters(program)
         groups = find_groups(program, linears)
         choices: dict[str, _Choice] = {}
         applied: dict[str, dict[str, str]] = {}
@@ -102,27 +101,18 @@ class QuantizeSmoothQuant(Pass):
             scaled = [(g, choices[g.linears[0].weight].scale) for g in groups]
             applied = fold(program, scaled)
         reasons = {linear.node: g.reason for g in groups for linear in g.linears}
-        result = PassResult()
-        for linear in linears:
-            count = max(1, len(linear.sources))
-            result.matched += count
-            if linear.reason is not None:
-                result.decline(linear.node, linear.reason)
-                result.notes.append(left_alone(linear).to_json())
-                continue
+
+        def rewrite(linear: Linear, result: PassResult) -> Verdict:
             reason = reasons[linear.node] if spec.alpha != 0 else None
             if reason is not None:
                 result.decline(linear.node, f"no scale folded: {reason}")
             choice = choices.get(linear.weight)
-            result.notes.append(_verdict(linear, spec, choice, reason, program.target).to_json())
             names = applied.get(linear.weight, {})
             static = choice.input_scale if choice else None
             to_w8a8(program, linear, names.get("columns"), names.get("rows"), static)
-            result.rewritten += count
-        left_experts(program, result)
-        result.notes.append(summary(linears, weights))
-        program.clean()
-        return result
+            return _verdict(linear, spec, choice, reason, program.target)
+
+        return rewrite_each(program, linears, rewrite)
 
 
 def _calibrated(

@@ -63,9 +63,12 @@ def left_experts(program: Program, result: PassResult) -> None:
 
 
 def rewrite_each(
-    program: Program, linears: Sequence[Linear], rewrite: Callable[[Linear], Verdict]
+    program: Program, linears: Sequence[Linear], rewrite: Callable[[Linear, PassResult], Verdict]
 ) -> PassResult:
-    """Call `rewrite` on every linear that is quantized; the result with everybody's verdicts."""
+    """Call `rewrite` on every linear that is quantized; the result with everybody's verdicts.
+
+    It is given the result, too, to say there what it declined of a linear it quantizes.
+    """
     weights = parameters(program)
     result = PassResult()
     for linear in linears:
@@ -75,7 +78,7 @@ def rewrite_each(
             result.decline(linear.node, linear.reason)
             result.notes.append(left_alone(linear).to_json())
             continue
-        result.notes.append(rewrite(linear).to_json())
+        result.notes.append(rewrite(linear, result).to_json())
         result.rewritten += count
     left_experts(program, result)
     result.notes.append(summary(linears, weights))
