@@ -3,31 +3,41 @@
 The graph is cut just before the first linear of each group. All samples go through one piece
 together, so that only the weights of that piece are in memory; what later pieces read (the residual
 stream, mostly) is kept for every sample, everything else is dropped. At a cut the inputs of the
-group's linears are streamed into `Statistics` and a method chooses the weights to go on with:
-dequantized ones, so that later layers see the error of earlier ones.
+group's linears are streamed into `Statistics`, a `Method` searches, and the linears go on with what
+they will be: dequantized weights, so that later layers see the error of earlier ones.
+
+What is found goes into a journal as it is found. A calibration that is run again with the same
+journal reads it there, and only runs the graph.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import fx
 
 from smelt.passes.program import Program, Role
+from smelt.passes.rewrite import graph_text
 from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import SmeltError
 
 from .groups import Group
+from .spec import QuantSpec
 
 Progress = Callable[[str, int, int], None]
 # What a linear goes on with: a weight, or a function of (x, bias) where the input is quantized too.
 Replacement = torch.Tensor | Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-Choose = Callable[[Group, list[torch.Tensor], "Statistics"], Sequence[Replacement]]
-
+# What was found for a linear: its weight's planned name -> the fields of the method's dataclass.
+Journal = MutableMapping[str, dict[str, Any]]
+# The journal of a calibration, by a digest of the program, the samples and the method's settings.
+OpenJournal = Callable[[str], Journal]
+Found = TypeVar("Found")
 
 # Widest group whose products are summed: a whole row of a large model would be gigabytes.
 MAX_GRAM = 2048
@@ -79,42 +89,114 @@ class Statistics:
         return torch.cat(self.kept)
 
 
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What every calibrated method is given.
+
+    spec: what to quantize; samples: token ids of calibration sequences; source: the checkpoint.
+    max_rows: tokens on which searches measure output errors. progress(name, done, total). journal:
+    where results are kept as they are found, and read when the same calibration runs again.
+    """
+
+    spec: QuantSpec = field(default_factory=QuantSpec)
+    samples: Sequence[Sequence[int]] = ()
+    source: TensorSource | None = None
+    max_rows: int = 512
+    seed: int = 0
+    progress: Progress | None = None
+    journal: OpenJournal | None = None
+
+
+class Method(Protocol[Found]):
+    """What a quantization method does with a group of linears over one input.
+
+    found: its dataclass for one linear, whose fields are tensors, numbers, strings and None.
+    whole_gram: whether its statistics hold the products of all features, [1, K, K]. Its repr tells
+    its settings.
+    """
+
+    @property
+    def found(self) -> Callable[..., Found]: ...
+
+    @property
+    def whole_gram(self) -> bool: ...
+
+    def search(
+        self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
+    ) -> Sequence[Found]:
+        """Look for the best there is, one a linear. weights: [N, K] in the model's dtype."""
+        ...
+
+    def go_on(
+        self, group: Group, weights: Sequence[torch.Tensor], found: Sequence[Found]
+    ) -> Sequence[Replacement]:
+        """What the group's linears compute with from then on."""
+        ...
+
+
 def calibrate(
     program: Program,
     groups: Sequence[Group],
-    samples: Sequence[Sequence[int]],
-    source: TensorSource,
-    choose: Choose,
-    max_rows: int = 512,
-    seed: int = 0,
-    progress: Progress | None = None,
-    whole_gram: bool = False,
-) -> None:
-    """Run `samples` (token ids) through the program and call `choose` at every group, in order.
+    method: Method[Found],
+    options: CalibrationOptions,
+) -> dict[str, Found]:
+    """Run the samples through the program, search at every group in order; found by weight name.
 
-    choose(group, weights [N, K] of its linears, statistics) returns what their linears go on with.
-    whole_gram: the statistics hold the products of all features, [1, K, K]. Samples are cut at the
-    model's context. Deterministic for given samples and seed. Raises SmeltError naming the group
-    for activations that are NaN or infinite.
+    Samples are cut at the model's context. Deterministic for given samples and seed. Raises
+    SmeltError naming the group for activations that are NaN or infinite.
     """
+    assert options.source is not None
     limit = program.facts.max_position
-    samples = [sample[:limit] for sample in samples]
-    keep = _sampled_rows([len(sample) for sample in samples], max_rows, seed)
-    run = _Run(program, source, groups, samples)
+    samples = [sample[:limit] for sample in options.samples]
+    keep = _sampled_rows([len(sample) for sample in samples], options.max_rows, options.seed)
+    run = _Run(program, options.source, groups, samples)
+    report = options.progress or (lambda *_: None)
+    journal = options.journal(_digest(program, method, options)) if options.journal else None
+    everything: dict[str, Found] = {}
     for i, (nodes, group) in enumerate(run.pieces()):
         run.advance(nodes)
-        if progress is not None:
-            progress(group.name, i, len(groups))
-        statistics = run.observe(group, keep, whole_gram)
+        report(group.name, i, len(groups))
+        found = _recalled(group, method, journal)
         weights = run.weights(group)
-        run.chosen.update(
-            (linear.node, weight)
-            for linear, weight in zip(
-                group.linears, choose(group, weights, statistics), strict=True
-            )
-        )
-    if progress is not None:
-        progress("calibrated", len(groups), len(groups))
+        if found is None:
+            statistics = run.observe(group, keep, method.whole_gram)
+            found = method.search(group, weights, statistics)
+            del statistics
+            _note(group, found, journal)
+        names = [linear.weight for linear in group.linears]
+        everything.update(zip(names, found, strict=True))
+        nodes_of = [linear.node for linear in group.linears]
+        run.chosen.update(zip(nodes_of, method.go_on(group, weights, found), strict=True))
+        del weights
+    report("calibrated", len(groups), len(groups))
+    return everything
+
+
+def _digest(program: Program, method: Method[Found], options: CalibrationOptions) -> str:
+    """sha256 over all that the results of a calibration depend on, but for the checkpoint."""
+    h = hashlib.sha256(graph_text(program.graph).encode())
+    h.update(program.weights.digest().encode())
+    settings = [repr(method), options.spec.to_json(), options.max_rows, options.seed]
+    h.update(json.dumps([*settings, [list(sample) for sample in options.samples]]).encode())
+    return h.hexdigest()
+
+
+def _recalled(
+    group: Group, method: Method[Found], journal: Journal | None
+) -> Sequence[Found] | None:
+    """What the journal holds of a group; None unless it has all of it."""
+    if journal is None:
+        return None
+    kept = [journal.get(linear.weight) for linear in group.linears]
+    if any(fields is None for fields in kept):
+        return None
+    return [method.found(**fields) for fields in kept if fields is not None]
+
+
+def _note(group: Group, found: Sequence[Any], journal: Journal | None) -> None:
+    if journal is not None:
+        for linear, each in zip(group.linears, found, strict=True):
+            journal[linear.weight] = dict(vars(each))
 
 
 def _sampled_rows(lengths: Sequence[int], limit: int, seed: int) -> list[torch.Tensor]:
