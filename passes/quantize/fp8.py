@@ -17,8 +17,9 @@ from smelt.runtime.errors import UserError
 from smelt.runtime.ops.linear_fp8 import E4M3_MAX, dequantize_fp8, round_activations, to_e4m3
 from smelt.runtime.ops.linear_w8a8 import usable_scale
 
-from .calibrate import CalibrationOptions, Replacement, Statistics, calibrate
+from .calibrate import CalibrationOptions, Statistics, calibrate
 from .formats import _prepared, check_finite
+from .graph_run import Replacement
 from .groups import Group, find_groups
 from .linears import Linear, find_linears
 from .spec import QuantSpec

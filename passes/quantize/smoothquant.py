@@ -13,9 +13,10 @@ from smelt.passes.program import Dialect, Program
 from smelt.runtime.errors import SmeltError, UserError
 
 from .awq_search import Scale
-from .calibrate import CalibrationOptions, Replacement, Statistics, calibrate
+from .calibrate import CalibrationOptions, Statistics, calibrate
 from .fold import fold
 from .formats import check_finite
+from .graph_run import Replacement
 from .groups import Group, find_groups
 from .linears import Linear, find_linears
 from .smooth_search import ALPHAS, Inputs, output_error, search_alpha

@@ -13,10 +13,10 @@ from helpers.quantized import module, program_of, random_ids
 from smelt.compiler.weights import ModuleSource
 from smelt.passes.quantize.calibrate import (
     CalibrationOptions,
-    Replacement,
     Statistics,
     calibrate,
 )
+from smelt.passes.quantize.graph_run import Replacement
 from smelt.passes.quantize.groups import Group, find_groups
 from smelt.passes.quantize.linears import find_linears
 from smelt.passes.quantize.spec import QuantSpec
