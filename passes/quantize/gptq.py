@@ -17,10 +17,10 @@ from smelt.runtime.ops.packing import pack, unpack
 
 from .awq_search import search_clip
 from .calibrate import CalibrationOptions, Statistics, calibrate
-from .formats import Quantized, check_finite, quantize
+from .formats import Quantized, check_finite, fake_quantize, quantize
 from .gptq_solve import DAMPING, error_of, solve
 from .groups import Group, find_groups
-from .linears import Linear, find_linears, replace_linear
+from .linears import Linear, find_linears, replace_linear, to_quantized
 from .spec import FORMATS, QuantSpec
 from .verdict import Verdict, group_note, group_size, rewrite_each
 
@@ -38,12 +38,13 @@ class GptqOptions(CalibrationOptions):
 class GptqFound:
     """One rounded linear, packed: as in `runtime/ops/packing.py`.
 
-    Errors are relative to the output, over all calibration tokens. note: why it is only rounded.
+    Without qweight, scales and zeros it is rounded to nearest, by a step of the plan. Errors are
+    relative to the output, over all calibration tokens. note: why it is only rounded.
     """
 
-    qweight: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
+    qweight: torch.Tensor | None
+    scales: torch.Tensor | None
+    zeros: torch.Tensor | None
     error_rtn: float
     error: float
     note: str | None = None
@@ -73,6 +74,9 @@ class Gptq:
         """The rounded weights in the model's dtype."""
         chosen = []
         for linear, weight, each in zip(group.linears, weights, found, strict=True):
+            if each.qweight is None or each.scales is None:
+                chosen.append(fake_quantize(weight, linear.scheme).to(weight.dtype))
+                continue
             q = unpack(each.qweight, FORMATS[linear.scheme.format].bits, linear.k)
             chosen.append(Quantized(q, each.scales, each.zeros).dequantize().to(weight.dtype))
         return chosen
@@ -112,26 +116,34 @@ class QuantizeGptq(Pass):
     def run(self, program: Program, options: GptqOptions) -> PassResult:
         if options.source is None or not options.samples:
             raise UserError("gptq needs calibration text and the checkpoint; use rtn without them")
-        linears = find_linears(program, options.spec)
-        groups = find_groups(program, linears)
-        choices = calibrate(program, groups, Gptq(options.damping), options)
+        return compensate(program, find_linears(program, options.spec), options)
 
-        def rewrite(linear: Linear, result: PassResult) -> Verdict:
-            choice = choices.pop(linear.weight)
+
+def compensate(program: Program, linears: Sequence[Linear], options: GptqOptions) -> PassResult:
+    """Quantize `linears`, each by its own scheme: grouped formats with error compensation, int8 by
+    rounding."""
+    groups = find_groups(program, linears)
+    choices = calibrate(program, groups, Gptq(options.damping), options)
+
+    def rewrite(linear: Linear, result: PassResult) -> Verdict:
+        choice = choices.pop(linear.weight)
+        if choice.qweight is None:
+            to_quantized(program, linear)
+        else:
             _put(program, linear, choice)
-            notes = [note for note in (choice.note, group_note(linear)) if note]
-            return Verdict(
-                linear.layer,
-                "gptq",
-                linear.scheme.format,
-                group_size(linear),
-                linear.parameters,
-                error_rtn=choice.error_rtn,
-                error=choice.error,
-                reason="; ".join(notes) or None,
-            )
+        notes = [note for note in (choice.note, group_note(linear)) if note]
+        return Verdict(
+            linear.layer,
+            "rtn" if choice.qweight is None else "gptq",
+            linear.scheme.format,
+            group_size(linear),
+            linear.parameters,
+            error_rtn=choice.error_rtn,
+            error=choice.error,
+            reason="; ".join(notes) or None,
+        )
 
-        return rewrite_each(program, linears, rewrite)
+    return rewrite_each(program, linears, rewrite)
 
 
 def _search(
@@ -141,17 +153,20 @@ def _search(
     assert statistics.gram is not None
     hessian = statistics.gram[0]
     w = value.float()
-    bits, groups = FORMATS[linear.scheme.format].bits, linear.scheme.groups(linear.k)
+    form, groups = FORMATS[linear.scheme.format], linear.scheme.groups(linear.k)
+    size, bits = error_of(w, hessian) or 1.0, form.bits
     rounded = quantize(w, linear.scheme)
+    error_rtn = error_of(rounded.dequantize() - w, hessian) / size
+    if form.symmetric:
+        little = f"rounded to nearest: at {linear.scheme.format} there is little to win back"
+        return GptqFound(None, None, None, error_rtn, error_rtn, little)
     candidates = [solve(w, hessian, groups, bits, linear.layer, None, damping)]
     clip = search_clip(w, linear.scheme, statistics.rows, _diagonal_blocks(hessian, groups))
     if clip.any():
         candidates.append(solve(w, hessian, groups, bits, linear.layer, clip, damping))
-    size = error_of(w, hessian) or 1.0
     errors = [error_of(found.dequantize() - w, hessian) / size for found in candidates]
-    error_rtn = error_of(rounded.dequantize() - w, hessian) / size
     error, best = min(zip(errors, candidates, strict=True), key=lambda pair: pair[0])
-    note = None
+    note: str | None = None
     if error >= error_rtn:
         error, best, note = error_rtn, rounded, "rounded to nearest: nothing was gained"
     assert best.zeros is not None
@@ -167,6 +182,7 @@ def _diagonal_blocks(hessian: torch.Tensor, groups: int) -> torch.Tensor:
 
 def _put(program: Program, linear: Linear, found: GptqFound) -> None:
     """The found weights as values of the plan, and the operator that reads them."""
+    assert found.qweight is not None and found.scales is not None and found.zeros is not None
     packed = {"qweight": found.qweight, "scales": found.scales, "zeros": found.zeros}
     given = [program.weights.put(f"{linear.weight}.{k}.found", v) for k, v in packed.items()]
     outputs = [f"{linear.weight}.{field}" for field in packed]

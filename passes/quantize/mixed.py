@@ -1,0 +1,155 @@
+"""Mixed precision as a graph pass: a format for each layer, by measurement, under a budget."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from smelt.passes.base import Lossy, Pass, PassResult
+from smelt.passes.program import Dialect, Program
+from smelt.runtime.errors import UserError
+
+from .budget import Choice, choose
+from .calibrate import digest
+from .formats import packed_bytes
+from .gptq import GptqOptions, compensate
+from .groups import Group, find_groups
+from .linears import Linear, find_linears
+from .sensitivity import Sensitivity, measure
+from .spec import QuantSpec, Scheme
+
+CANDIDATES = (
+    Scheme("int2", 32),
+    *(Scheme("int3", size) for size in (128, 64, 32)),
+    *(Scheme("int4", size) for size in (128, 64, 32)),
+    Scheme("int8", 0),
+)
+LEFT = "left at 16 bits by the budget"
+
+
+@dataclass(frozen=True)
+class MixedOptions(GptqOptions):
+    """As of gptq; spec.bits is the budget, in bits a weight of the layers that are quantized."""
+
+    spec: QuantSpec = field(default_factory=lambda: QuantSpec("mixed"))
+
+
+class QuantizeMixed(Pass):
+    """Linear layers get the formats that lose least together within a budget of bits a weight.
+
+    Before::
+
+        y = aten.linear(x, w1);  z = aten.linear(y, w2)
+
+    After::
+
+        y = smelt::linear_int4(x, ...);  z = smelt::linear_int3(y, ...)
+
+    Layers differ widely in what rounding them does to the model. A table is measured first: the
+    divergence of the model's own predictions when one group of linears alone is rounded, and each
+    candidate's error on that group's inputs (`sensitivity.py`). The budget is spent where a bit
+    saves the most divergence (`budget.py`), counting scales and zero points; then every layer is
+    quantized to its format with error compensation, as by gptq, int8 by rounding. Legal for the
+    linears that rounding takes. Pays in quality at a size between those of uniform formats, or in
+    size at their quality.
+    """
+
+    name = "quantize-mixed"
+    summary = "a format for each layer, from a measured table under a budget (--bits)"
+    requires = Dialect.SEMANTIC
+    produces = Dialect.QUANTIZED
+    numerics = Lossy()
+    Options = MixedOptions
+
+    def expect(self, program: Program) -> int | None:
+        """One match a linear module of the traced tree; a fused linear counts as its parts."""
+        return program.facts.module_counts.get("linear")
+
+    def run(self, program: Program, options: MixedOptions) -> PassResult:
+        if options.source is None or not options.samples:
+            raise UserError("mixed needs calibration text and the checkpoint; use rtn without them")
+        linears = find_linears(program, options.spec)
+        groups = find_groups(program, linears)
+        journal = None
+        if options.journal is not None:
+            journal = options.journal(digest(program, "sensitivity", options))
+        table = measure(program, groups, CANDIDATES, options, journal)
+        assert options.spec.bits is not None
+        taken = assign(groups, table, options.spec.bits)
+        schemes = {
+            linear.node: scheme
+            for group, scheme in zip(groups, taken, strict=True)
+            for linear in group.linears
+        }
+        result = compensate(program, [_given(linear, schemes) for linear in linears], options)
+        _report(result, groups, table, taken, options.spec.bits)
+        return result
+
+
+def assign(
+    groups: Sequence[Group], table: Sequence[Sensitivity], bits: float
+) -> list[Scheme | None]:
+    """The scheme of each group under a budget of `bits` a weight; None: left at 16 bits.
+
+    Raises UserError when the smallest formats of these layers do not fit.
+    """
+    weights = sum(linear.parameters for group in groups for linear in group.linears)
+    layers = []
+    for group, entry in zip(groups, table, strict=True):
+        sizes = [_bits(group, scheme) for scheme in (*CANDIDATES, None)]
+        layers.append([Choice(*pair) for pair in zip(sizes, [*entry.costs(), 0.0], strict=True)])
+    try:
+        taken = choose(layers, bits * weights)
+    except ValueError as error:
+        smallest = sum(min(choice.size for choice in choices) for choices in layers) / weights
+        raise UserError(
+            f"--bits {bits:g}: this model's layers take {smallest:.2f} bits a weight at the least, "
+            "with their scales; give more"
+        ) from error
+    return [(*CANDIDATES, None)[i] for i in taken]
+
+
+def _bits(group: Group, scheme: Scheme | None) -> float:
+    if scheme is None:
+        return 16.0 * sum(linear.parameters for linear in group.linears)
+    return 8.0 * sum(packed_bytes(linear.n, linear.k, scheme) for linear in group.linears)
+
+
+def _given(linear: Linear, schemes: dict[fx.Node, Scheme | None]) -> Linear:
+    if linear.node not in schemes:
+        return linear
+    scheme = schemes[linear.node]
+    return replace(linear, reason=LEFT) if scheme is None else replace(linear, scheme=scheme)
+
+
+def _report(
+    result: PassResult,
+    groups: Sequence[Group],
+    table: Sequence[Sensitivity],
+    taken: Sequence[Scheme | None],
+    bits: float,
+) -> None:
+    """Add the table to the layers' verdicts, and what was spent to the summary."""
+    entries: dict[str, dict[str, float]] = {}
+    for group, entry in zip(groups, table, strict=True):
+        costs = zip(CANDIDATES, entry.costs(), strict=True)
+        named = {_label(scheme): round(cost, 9) for scheme, cost in costs}
+        entries |= {linear.layer: named for linear in group.linears}
+    for note in result.notes:
+        if note.get("layer") in entries:
+            note["expected_kl"] = entries[note["layer"]]
+    weights = sum(linear.parameters for group in groups for linear in group.linears)
+    spent = sum(_bits(g, scheme) for g, scheme in zip(groups, taken, strict=True)) / max(weights, 1)
+    counts = Counter(_label(scheme) for scheme in taken)
+    formats = ", ".join(f"{count} {label}" for label, count in sorted(counts.items()))
+    result.notes[-1]["summary"] += f"; {spent:.2f} bits a weight of {bits:g}: {formats}"
+    result.notes[-1]["bits"] = round(spent, 4)
+
+
+def _label(scheme: Scheme | None) -> str:
+    if scheme is None:
+        return "16 bit"
+    return f"{scheme.format}-g{scheme.group_size}" if scheme.group_size else scheme.format
