@@ -39,7 +39,7 @@ def reporting() -> Iterator[Callable[[str, int, int], None]]:
         task = progress.add_task("starting", total=1)
 
         def report(stage: str, done: int, total: int) -> None:
-            text = STAGES.get(stage, f"pass {stage}")
+            text = _text(stage) or f"pass {stage}"
             progress.update(task, description=text, completed=done, total=max(total, 1))
 
         yield report
@@ -66,7 +66,15 @@ class _Lines:
         self._last = ""
 
     def report(self, stage: str, done: int, total: int) -> None:
-        text = STAGES.get(stage, "")
-        if text and stage != self._last:
+        text = _text(stage)
+        name = stage.partition(": ")[0]
+        if text and name != self._last:
             print(f"smelt: {text}", file=sys.stderr, flush=True)
-        self._last = stage
+        self._last = name
+
+
+def _text(stage: str) -> str:
+    """What a stage is called; "calibrate: about 2 GB" has more to say in brackets."""
+    name, _, more = stage.partition(": ")
+    text = STAGES.get(name, "")
+    return f"{text} ({more})" if text and more else text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from smelt.passes.quantize import (
     RtnOptions,
     SmoothQuantOptions,
 )
+from smelt.passes.quantize.calibration_memory import Memory
 from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import UserError
 
@@ -77,8 +78,11 @@ def quantize_stage(
     def calibrating(layer: str, done: int, total: int) -> None:
         progress("calibrate", done, total)
 
+    def planned(memory: Memory) -> None:
+        progress(f"calibrate: {memory}", 0, 1)
+
     samples = _calibration(settings, folder, context)
-    return stage_for(spec, samples, source, calibrating, journals)
+    return stage_for(spec, samples, source, calibrating, journals, planned)
 
 
 def stage_for(
@@ -87,12 +91,15 @@ def stage_for(
     source: TensorSource | None = None,
     progress: Progress | None = None,
     journals: Journals | None = None,
+    planned: Callable[[Memory], None] | None = None,
 ) -> Stage:
     """The pass of a method with its options. The rest is for calibrated ones."""
     calibrated = _CALIBRATED.get(spec.method)
     if calibrated is None:
         return Stage(METHODS[spec.method](), RtnOptions(spec))
-    options = calibrated(spec, samples=samples, source=source, progress=progress, journal=journals)
+    options = calibrated(
+        spec, samples=samples, source=source, progress=progress, journal=journals, planned=planned
+    )
     return Stage(METHODS[spec.method](), options)
 
 

@@ -15,7 +15,7 @@ from smelt.runtime.errors import SmeltError, UserError
 from .awq_search import Scale, output_error, search_clip, search_scale
 from .calibrate import CalibrationOptions, Statistics, calibrate
 from .fold import fold
-from .formats import check_finite, fake_quantize
+from .formats import check_finite, fake_quantize, joined, row_chunks, row_step
 from .groups import Group, find_groups
 from .linears import Linear, find_linears, to_quantized
 from .spec import QuantSpec
@@ -54,6 +54,9 @@ class Awq:
 
     found: ClassVar[type[AwqFound]] = AwqFound
     whole_gram: ClassVar[bool] = False
+    copies: ClassVar[float] = 3.7
+    matrices: ClassVar[float] = 0.0
+    wide: ClassVar[bool] = False
 
     def search(
         self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
@@ -64,23 +67,20 @@ class Awq:
         rows = statistics.rows
         scale = _scale(group, weights, statistics.mean, rows)
         s = _on_columns(group, scale, rows.shape[1])
+        factor, alpha = (scale.factor, scale.alpha) if scale else (None, None)
+        gram = _scaled(statistics.gram, s) if statistics.gram is not None else None
         found = []
         for linear, weight in zip(group.linears, weights, strict=True):
-            w = weight.float()
-            gram = _scaled(statistics.gram, s) if statistics.gram is not None else None
-            clip = search_clip(w * s, linear.scheme, rows / s, gram)
-            size = float(output_error(rows, w).sum()) or 1.0
-            rounded = fake_quantize(w, linear.scheme)
-            final = fake_quantize(w * s, linear.scheme, clip) / s
-            found.append(
-                AwqFound(
-                    scale.factor if scale else None,
-                    scale.alpha if scale else None,
-                    clip,
-                    float(output_error(rows, rounded - w).sum()) / size,
-                    float(output_error(rows, final - w).sum()) / size,
-                )
-            )
+            clips, errors = [], torch.zeros(3, dtype=torch.float64)
+            for w in row_chunks(weight):
+                clips.append(search_clip(w * s, linear.scheme, rows / s, gram))
+                kept = _kept(w, linear, s, clips[-1])
+                rounded = fake_quantize(w, linear.scheme)
+                for i, lost in enumerate((w, rounded.sub_(w), kept.sub_(w))):
+                    errors[i] += output_error(rows, lost).sum()
+            size, before, after = errors.tolist()
+            size = size or 1.0
+            found.append(AwqFound(factor, alpha, torch.cat(clips), before / size, after / size))
         return found
 
     def go_on(
@@ -89,10 +89,17 @@ class Awq:
         """The weights as the runtime will have them, divided by the scale again."""
         chosen = []
         for linear, weight, each in zip(group.linears, weights, found, strict=True):
-            s = _on_columns(group, each.scale, weight.shape[1])
-            final = fake_quantize(weight.float() * s, linear.scheme, each.clip) / s
-            chosen.append(final.to(weight.dtype))
+            s = _on_columns(group, each.scale, linear.k)
+            parts = row_chunks(weight)
+            clips = each.clip.split(row_step(linear.k))
+            kept = (_kept(w, linear, s, c) for w, c in zip(parts, clips, strict=True))
+            chosen.append(joined(kept, weight))
         return chosen
+
+
+def _kept(w: torch.Tensor, linear: Linear, s: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
+    """What is left of some rows of a weight: float32 [n, K]."""
+    return fake_quantize(w * s, linear.scheme, clip).div_(s)
 
 
 class QuantizeAwq(Pass):

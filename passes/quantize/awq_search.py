@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .formats import CLIP_STEPS, fake_quantize
+from .formats import CLIP_STEPS, fake_quantize, row_chunks
 from .spec import Scheme
 
 ALPHAS = tuple(i / 20 for i in range(20))
 # A range is shrunk to no less than half.
 MAX_CLIP = CLIP_STEPS // 2
-_CHUNK = 1 << 24
 _TINY = 1e-30
 
 
@@ -48,8 +47,9 @@ def weight_sizes(weights: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
     """Mean |w| of each column relative to the largest of its group in each row: [N, K] -> [K]."""
     total = torch.zeros(weights[0].shape[1])
     for weight in weights:
-        parts = weight.float().abs().unflatten(1, (groups, -1))
-        total += (parts / parts.amax(-1, keepdim=True).clamp(min=_TINY)).flatten(1).sum(0)
+        for w in row_chunks(weight):
+            parts = w.abs().unflatten(1, (groups, -1))
+            total += (parts / parts.amax(-1, keepdim=True).clamp(min=_TINY)).flatten(1).sum(0)
     return total / sum(weight.shape[0] for weight in weights)
 
 
@@ -109,8 +109,9 @@ def _group_error(
 ) -> float:
     total = 0.0
     for weight, scheme in zip(weights, schemes, strict=True):
-        w = weight.float()
-        total += float(output_error(rows, fake_quantize(w * s, scheme) / s - w).sum())
+        for w in row_chunks(weight):
+            lost = fake_quantize(w * s, scheme).div_(s).sub_(w)
+            total += float(output_error(rows, lost).sum())
     return total
 
 
@@ -119,17 +120,15 @@ def search_clip(
 ) -> torch.Tensor:
     """How far to shrink the range of each group of each row: uint8 [N, G], in CLIP_STEPS.
 
-    weight [N, K], rows [R, K] and gram [G, g, g] (sums of x x^T over all tokens, or None) after
-    scaling. Each group is searched by its own share of the output error; a row whose whole error
-    does not shrink by it is left unclipped.
+    weight float32 [N, K], rows [R, K] and gram [G, g, g] (sums of x x^T over all tokens, or None)
+    after scaling. Each group is searched by its own share of the output error; a row whose whole
+    error does not shrink by it is left unclipped.
     """
     groups = scheme.groups(weight.shape[1])
     x = rows.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()  # [G, R, g]
-    step = max(1, _CHUNK // weight.shape[1])
-    parts = [_clip_rows(part, scheme, x, gram) for part in weight.float().split(step)]
-    clip = torch.cat(parts)
-    plain = output_error(rows, fake_quantize(weight, scheme) - weight)
-    clipped = output_error(rows, fake_quantize(weight, scheme, clip) - weight)
+    clip = _clip_rows(weight, scheme, x, gram)
+    plain = output_error(rows, fake_quantize(weight, scheme).sub_(weight))
+    clipped = output_error(rows, fake_quantize(weight, scheme, clip).sub_(weight))
     clip[clipped >= plain] = 0
     return clip
 
@@ -143,7 +142,8 @@ def _clip_rows(
     lowest = torch.full((weight.shape[0], groups), float("inf"))
     for step in range(MAX_CLIP + 1):
         clip = torch.full_like(best, step)
-        difference = (fake_quantize(weight, scheme, clip) - weight).unflatten(1, (groups, -1))
+        lost = fake_quantize(weight, scheme, clip).sub_(weight)
+        difference = lost.unflatten(1, (groups, -1))
         d = difference.transpose(0, 1)  # [G, n, g]
         if gram is not None:
             error = ((d @ gram) * d).sum(-1).T

@@ -26,6 +26,7 @@ from smelt.passes.rewrite import graph_text
 from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import SmeltError
 
+from .calibration_memory import Memory, Needs, plan_memory
 from .graph_run import GraphRun, Replacement
 from .groups import Group
 from .spec import QuantSpec
@@ -94,6 +95,7 @@ class CalibrationOptions:
     spec: what to quantize; samples: token ids of calibration sequences; source: the checkpoint.
     max_rows: tokens on which searches measure output errors. progress(name, done, total). journal:
     where results are kept as they are found, and read when the same calibration runs again.
+    planned: told how much memory it will take, before it begins.
     """
 
     spec: QuantSpec = field(default_factory=QuantSpec)
@@ -103,9 +105,10 @@ class CalibrationOptions:
     seed: int = 0
     progress: Progress | None = None
     journal: OpenJournal | None = None
+    planned: Callable[[Memory], None] | None = None
 
 
-class Method(Protocol[Found]):
+class Method(Needs, Protocol[Found]):
     """What a quantization method does with a group of linears over one input.
 
     found: its dataclass for one linear, whose fields are tensors, numbers, strings and None.
@@ -115,9 +118,6 @@ class Method(Protocol[Found]):
 
     @property
     def found(self) -> Callable[..., Found]: ...
-
-    @property
-    def whole_gram(self) -> bool: ...
 
     def search(
         self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
@@ -147,6 +147,9 @@ def calibrate(
     limit = program.facts.max_position
     samples = [sample[:limit] for sample in options.samples]
     keep = sampled_rows([len(sample) for sample in samples], options.max_rows, options.seed)
+    if options.planned is not None and groups:
+        lengths = [len(sample) for sample in samples]
+        options.planned(plan_memory(program, groups, lengths, method, options.max_rows))
     run = GraphRun(program, options.source, groups, samples)
     report = options.progress or (lambda *_: None)
     journal = options.journal(digest(program, repr(method), options)) if options.journal else None

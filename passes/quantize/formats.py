@@ -12,6 +12,7 @@ by 1 - step / CLIP_STEPS; steps are stored as bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from smelt.runtime.ops.packing import pack
 from .spec import FORMATS, Scheme
 
 CLIP_STEPS = 20
+# Weights that a search looks at together: 64 MiB of float32.
+CHUNK = 1 << 24
 
 
 class Quantized(NamedTuple):
@@ -35,10 +38,11 @@ class Quantized(NamedTuple):
 
     def dequantize(self) -> torch.Tensor:
         """float32 [N, K]."""
-        q = self.q.float().unflatten(1, (self.scales.shape[1], -1))
+        q = self.q.to(torch.float32, copy=True).unflatten(1, (self.scales.shape[1], -1))
         if self.zeros is not None:
-            q = q - self.zeros.float()[..., None]
-        return (q * self.scales.float()[..., None]).flatten(1)
+            q -= self.zeros.float()[..., None]
+        q *= self.scales.float()[..., None]
+        return q.flatten(1)
 
 
 def _shrink(clip: torch.Tensor | None) -> torch.Tensor | float:
@@ -71,16 +75,15 @@ def quantize_grouped(
     """weight [N, K] -> asymmetric, with `groups` scales a row. clip: uint8 [N, groups]."""
     scales, zeros = grid(weight, groups, bits, clip)
     w = weight.float().unflatten(1, (groups, -1))
-    q = torch.round(w / scales.float()[..., None]) + zeros[..., None]
-    q = q.clamp(0, 2**bits - 1).to(torch.uint8)
-    return Quantized(q.flatten(1), scales, zeros.to(torch.uint8))
+    q = (w / scales.float()[..., None]).round_().add_(zeros[..., None]).clamp_(0, 2**bits - 1)
+    return Quantized(q.to(torch.uint8).flatten(1), scales, zeros.to(torch.uint8))
 
 
 def quantize_int8(weight: torch.Tensor, groups: int, clip: torch.Tensor | None = None) -> Quantized:
     """weight [N, K] -> symmetric int8 with `groups` scales a row. clip: uint8 [N, groups]."""
     w = weight.float().unflatten(1, (groups, -1))
     scales = _usable(w.abs().amax(-1) * _shrink(clip) / 127)
-    q = torch.round(w / scales.float()[..., None]).clamp(-127, 127)
+    q = (w / scales.float()[..., None]).round_().clamp_(-127, 127)
     return Quantized(q.to(torch.int8).flatten(1), scales, None)
 
 
@@ -112,12 +115,33 @@ def packed_bytes(n: int, k: int, scheme: Scheme) -> int:
     return n * (-(-k * form.bits // 8) + (2 if form.symmetric else 3) * groups)
 
 
+def row_step(k: int) -> int:
+    """Rows of K features that make a chunk: whole blocks of 128 rows, or fewer than one."""
+    step = max(1, CHUNK // k)
+    return step // 128 * 128 or step
+
+
+def row_chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """weight [N, K] in float32, some rows at a time: what is computed of it stays small."""
+    return (part.float() for part in weight.split(row_step(weight.shape[1])))
+
+
+def joined(parts: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Chunks of rows one after the other, as a tensor of the shape and dtype of `like`."""
+    whole = torch.empty_like(like, memory_format=torch.contiguous_format)
+    at = 0
+    for part in parts:
+        whole[at : at + len(part)] = part
+        at += len(part)
+    return whole
+
+
 def check_finite(weight: torch.Tensor, layer: str) -> None:
     """Raise SmeltError naming the layer for NaN or infinite weights."""
     if weight.is_meta:
         return
-    bad = ~torch.isfinite(weight)
-    if bad.any():
+    if not all(torch.isfinite(part).all() for part in weight.reshape(-1).split(CHUNK)):
+        bad = ~torch.isfinite(weight)
         row = int(bad.flatten(1).any(1).nonzero()[0]) if weight.dim() > 1 else 0
         raise SmeltError(
             f"{layer}: {int(bad.sum())} of its {weight.numel()} weights are NaN or infinite "

@@ -18,7 +18,7 @@ from smelt.runtime.ops.linear_fp8 import E4M3_MAX, dequantize_fp8, round_activat
 from smelt.runtime.ops.linear_w8a8 import usable_scale
 
 from .calibrate import CalibrationOptions, Statistics, calibrate
-from .formats import _prepared, check_finite
+from .formats import _prepared, check_finite, joined, row_chunks
 from .graph_run import Replacement
 from .groups import Group, find_groups
 from .linears import Linear, find_linears
@@ -67,7 +67,8 @@ def product(
     weight: torch.Tensor, input_scale: torch.Tensor | None, activations: str, block: int
 ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """What the quantized linear computes, as a function of the original's (x, bias)."""
-    dense = dequantize_fp8(*quantize_fp8(weight, block), block)
+    parts = (dequantize_fp8(*quantize_fp8(w, block), block) for w in row_chunks(weight))
+    dense = joined(parts, weight.new_empty(weight.shape, dtype=torch.float32))
 
     def apply(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         y = F.linear(round_activations(x, input_scale, activations, block), dense)
@@ -127,6 +128,9 @@ class StaticFp8:
 
     found: ClassVar[type[Fp8Found]] = Fp8Found
     whole_gram: ClassVar[bool] = False
+    copies: ClassVar[float] = 4.1
+    matrices: ClassVar[float] = 0.0
+    wide: ClassVar[bool] = True
 
     def search(
         self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
@@ -137,10 +141,13 @@ class StaticFp8:
         found = []
         for linear, weight in zip(group.linears, weights, strict=True):
             check_finite(weight, linear.layer)
-            exact = rows @ weight.float().T
-            size = exact.square().sum().clamp(min=1e-30)
-            lost = product(weight, scale, "static", 0)(rows, None) - exact
-            found.append(Fp8Found(scale, float(lost.square().sum() / size)))
+            lost = size = 0.0
+            for w in row_chunks(weight):
+                exact = rows @ w.T
+                size += float(exact.square().sum())
+                rounded = product(w, scale, "static", 0)(rows, None)
+                lost += float(rounded.sub_(exact).square().sum())
+            found.append(Fp8Found(scale, lost / max(size, 1e-30)))
         return found
 
     def go_on(

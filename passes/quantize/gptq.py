@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,8 +17,8 @@ from smelt.runtime.ops.packing import pack, unpack
 
 from .awq_search import search_clip
 from .calibrate import CalibrationOptions, Statistics, calibrate
-from .formats import Quantized, check_finite, fake_quantize, quantize
-from .gptq_solve import DAMPING, error_of, solve
+from .formats import Quantized, check_finite, fake_quantize, joined, quantize, row_chunks
+from .gptq_solve import DAMPING, errors_of, prepare, solve
 from .groups import Group, find_groups
 from .linears import Linear, find_linears, replace_linear, to_quantized
 from .spec import FORMATS, QuantSpec
@@ -57,6 +57,9 @@ class Gptq:
     damping: float = DAMPING
     found: ClassVar[type[GptqFound]] = GptqFound
     whole_gram: ClassVar[bool] = True
+    copies: ClassVar[float] = 3.3
+    matrices: ClassVar[float] = 6.75
+    wide: ClassVar[bool] = False
 
     def search(
         self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
@@ -72,14 +75,22 @@ class Gptq:
         self, group: Group, weights: Sequence[torch.Tensor], found: Sequence[GptqFound]
     ) -> list[torch.Tensor]:
         """The rounded weights in the model's dtype."""
-        chosen = []
-        for linear, weight, each in zip(group.linears, weights, found, strict=True):
-            if each.qweight is None or each.scales is None:
-                chosen.append(fake_quantize(weight, linear.scheme).to(weight.dtype))
-                continue
-            q = unpack(each.qweight, FORMATS[linear.scheme.format].bits, linear.k)
-            chosen.append(Quantized(q, each.scales, each.zeros).dequantize().to(weight.dtype))
-        return chosen
+        return [
+            joined(_final(linear, weight, each), weight)
+            for linear, weight, each in zip(group.linears, weights, found, strict=True)
+        ]
+
+
+def _final(linear: Linear, weight: torch.Tensor, found: GptqFound) -> Iterator[torch.Tensor]:
+    """What the linear will compute with, float32, some rows at a time."""
+    at = 0
+    for part in row_chunks(weight):
+        rows = slice(at, at := at + len(part))
+        if found.qweight is None or found.scales is None or found.zeros is None:
+            yield fake_quantize(part, linear.scheme)
+            continue
+        q = unpack(found.qweight[rows], FORMATS[linear.scheme.format].bits, linear.k)
+        yield Quantized(q, found.scales[rows], found.zeros[rows]).dequantize()
 
 
 class QuantizeGptq(Pass):
@@ -149,28 +160,43 @@ def compensate(program: Program, linears: Sequence[Linear], options: GptqOptions
 def _search(
     linear: Linear, value: torch.Tensor, statistics: Statistics, damping: float
 ) -> GptqFound:
-    """Round one layer with and without clipping, and keep what loses least."""
+    """Round one layer; each row keeps what loses least: with clipping, without, or to nearest."""
     assert statistics.gram is not None
     hessian = statistics.gram[0]
-    w = value.float()
     form, groups = FORMATS[linear.scheme.format], linear.scheme.groups(linear.k)
-    size, bits = error_of(w, hessian) or 1.0, form.bits
-    rounded = quantize(w, linear.scheme)
-    error_rtn = error_of(rounded.dequantize() - w, hessian) / size
-    if form.symmetric:
+    prepared = None if form.symmetric else prepare(hessian, linear.layer, damping)
+    size = before = after = 0.0
+    rows: list[Quantized] = []
+    for w in row_chunks(value):
+        size += float(errors_of(w, hessian).sum())
+        rounded = quantize(w, linear.scheme)
+        candidates = [rounded]
+        if prepared is not None:
+            blocks = _diagonal_blocks(hessian, groups)
+            clip = search_clip(w, linear.scheme, statistics.rows, blocks)
+            candidates.append(solve(w, prepared, groups, form.bits))
+            candidates.append(solve(w, prepared, groups, form.bits, clip))
+        lost = torch.stack([errors_of(c.dequantize() - w, hessian) for c in candidates])
+        before += float(lost[0].sum())
+        after += float(lost.amin(0).sum())
+        rows.append(_picked(candidates, lost.argmin(0)))
+    size = size or 1.0
+    if prepared is None:
         little = f"rounded to nearest: at {linear.scheme.format} there is little to win back"
-        return GptqFound(None, None, None, error_rtn, error_rtn, little)
-    candidates = [solve(w, hessian, groups, bits, linear.layer, None, damping)]
-    clip = search_clip(w, linear.scheme, statistics.rows, _diagonal_blocks(hessian, groups))
-    if clip.any():
-        candidates.append(solve(w, hessian, groups, bits, linear.layer, clip, damping))
-    errors = [error_of(found.dequantize() - w, hessian) / size for found in candidates]
-    error, best = min(zip(errors, candidates, strict=True), key=lambda pair: pair[0])
-    note: str | None = None
-    if error >= error_rtn:
-        error, best, note = error_rtn, rounded, "rounded to nearest: nothing was gained"
-    assert best.zeros is not None
-    return GptqFound(pack(best.q, bits), best.scales, best.zeros, error_rtn, error, note)
+        return GptqFound(None, None, None, before / size, after / size, little)
+    note = None if after < before else "rounded to nearest: nothing was gained"
+    q, scales, zeros = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return GptqFound(pack(q, form.bits), scales, zeros, before / size, after / size, note)
+
+
+def _picked(candidates: Sequence[Quantized], index: torch.Tensor) -> Quantized:
+    """Each row from the candidate that `index` int64 [N] names for it."""
+    every = torch.arange(len(index))
+    picked = [
+        None if any(part is None for part in parts) else torch.stack(parts)[index, every]
+        for parts in zip(*candidates, strict=True)
+    ]
+    return Quantized(*picked)  # type: ignore[arg-type]
 
 
 def _diagonal_blocks(hessian: torch.Tensor, groups: int) -> torch.Tensor:

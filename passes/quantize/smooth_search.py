@@ -14,6 +14,7 @@ import torch
 from smelt.runtime.ops.linear_w8a8 import usable_scale
 
 from .awq_search import Scale, factor_for
+from .formats import row_chunks
 from .w8a8 import product
 
 # 0 is tried first and moves nothing.
@@ -30,7 +31,8 @@ def largest_of_channels(values: torch.Tensor, columns: torch.Tensor, channels: i
 
 def weight_largest(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """max|w_j| of every column over all rows of all `weights` [N, K] -> float32 [K]."""
-    return torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
+    chunks = (w for weight in weights for w in row_chunks(weight))
+    return torch.stack([w.abs().amax(0) for w in chunks]).amax(0)
 
 
 def smooth_factor(activations: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -70,9 +72,13 @@ def output_error(
     """||y' - y||^2 / ||y||^2 of each linear on the sampled rows, both sides quantized."""
     errors = []
     for weight in weights:
-        exact = inputs.rows @ weight.float().T
-        found = product(weight, factor, inputs.scale(factor))(inputs.rows, None)
-        errors.append(float((found - exact).square().sum() / exact.square().sum().clamp(min=1e-30)))
+        lost = size = 0.0
+        for w in row_chunks(weight):
+            exact = inputs.rows @ w.T
+            found = product(w, factor, inputs.scale(factor))(inputs.rows, None)
+            size += float(exact.square().sum())
+            lost += float(found.sub_(exact).square().sum())
+        errors.append(lost / max(size, 1e-30))
     return errors
 
 
@@ -89,15 +95,12 @@ def search_alpha(
     """
     activations = largest_of_channels(inputs.largest, columns, channels)
     own = largest_of_channels(weight_largest(weights), columns, channels)
-    exact = [inputs.rows @ weight.float().T for weight in weights]
-    best, lowest = Scale(0.0, torch.ones(channels)), float("inf")
-    for alpha in alphas:
-        factor = smooth_factor(activations, own, alpha)
-        s = factor[columns]
-        error = sum(
-            float((product(weight, s, inputs.scale(s))(inputs.rows, None) - y).square().sum())
-            for weight, y in zip(weights, exact, strict=True)
-        )
-        if error < lowest:
-            best, lowest = Scale(alpha, factor), error
-    return best
+    tried = [Scale(alpha, smooth_factor(activations, own, alpha)) for alpha in alphas]
+    errors = torch.zeros(len(tried), dtype=torch.float64)
+    for w in (w for weight in weights for w in row_chunks(weight)):
+        exact = inputs.rows @ w.T
+        for i, scale in enumerate(tried):
+            s = scale.factor[columns]
+            found = product(w, s, inputs.scale(s))(inputs.rows, None)
+            errors[i] += found.sub_(exact).square().sum()
+    return tried[int(errors.argmin())]

@@ -60,6 +60,9 @@ class SmoothQuant:
     spec: QuantSpec
     found: ClassVar[type[SmoothQuantFound]] = SmoothQuantFound
     whole_gram: ClassVar[bool] = False
+    copies: ClassVar[float] = 4.2
+    matrices: ClassVar[float] = 0.0
+    wide: ClassVar[bool] = True
 
     def search(
         self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics

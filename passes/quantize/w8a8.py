@@ -18,7 +18,7 @@ from smelt.passes.weights import operation
 from smelt.runtime.errors import UserError
 from smelt.runtime.ops.linear_w8a8 import MAX_K, quantize_rows, usable_scale
 
-from .formats import _prepared
+from .formats import _prepared, joined, row_chunks
 from .linears import Linear
 
 smelt = torch.ops.smelt
@@ -36,7 +36,7 @@ def quantize_w8a8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [N, K] -> (int8 [N, K], scales float32 [N])."""
     wide = weight.float()
     scales = usable_scale(wide.abs().amax(1), 127.0)
-    return torch.round(wide / scales[:, None]).clamp(-127, 127).to(torch.int8), scales
+    return (wide / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
 def product(
@@ -48,8 +48,9 @@ def product(
     input_scale float32 [1] or None for a scale a token. Close to the operator, whose integer sums
     are exact.
     """
-    q, scales = quantize_w8a8(weight.float() if factor is None else weight.float() * factor)
-    dense = q.float() * scales[:, None]
+    scaled = (w if factor is None else w * factor for w in row_chunks(weight))
+    parts = (q.float().mul_(scales[:, None]) for q, scales in map(quantize_w8a8, scaled))
+    dense = joined(parts, weight.new_empty(weight.shape, dtype=torch.float32))
 
     def apply(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         whole, scale = quantize_rows(x if factor is None else x.float() / factor, input_scale)

@@ -30,8 +30,8 @@ from smelt.passes.quantize import (
     QuantSpec,
     RtnOptions,
 )
-from smelt.passes.quantize.formats import grid, quantize_grouped
-from smelt.passes.quantize.gptq_solve import error_of, solve
+from smelt.passes.quantize.formats import Quantized, grid, quantize_grouped
+from smelt.passes.quantize.gptq_solve import errors_of, prepare, solve
 from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.ops.packing import dequantize
 
@@ -57,6 +57,10 @@ def gptq(
     return program, result
 
 
+def loss(found: Quantized, weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    return float(errors_of(found.dequantize() - weight, hessian).sum())
+
+
 def by_the_paper(weight: torch.Tensor, hessian: torch.Tensor, bits: int) -> torch.Tensor:
     """One scale a row, columns in order, each step solved anew from the inverse of what is left of
     H (equations 2 and 3 of the paper) instead of from a Cholesky factor."""
@@ -80,7 +84,7 @@ def test_solution_is_the_papers() -> None:
     x = x * (2.0 - torch.arange(24) / 24) / x.norm(dim=0)
     hessian = x.T @ x
     weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(1))
-    found = solve(weight, hessian, 1, 4, "x").dequantize()
+    found = solve(weight, prepare(hessian, "x"), 1, 4).dequantize()
     assert torch.equal(found, by_the_paper(weight, hessian, 4).float())
 
 
@@ -89,8 +93,8 @@ def test_solution_is_the_papers() -> None:
 def test_errors_cancel_on_correlated_inputs(bits: int, groups: int) -> None:
     x = correlated(1000, 192)
     hessian, weight = x.T @ x, torch.randn(32, 192, generator=torch.Generator().manual_seed(2))
-    found = error_of(solve(weight, hessian, groups, bits, "x").dequantize() - weight, hessian)
-    rounded = error_of(quantize_grouped(weight, groups, bits).dequantize() - weight, hessian)
+    found = loss(solve(weight, prepare(hessian, "x"), groups, bits), weight, hessian)
+    rounded = loss(quantize_grouped(weight, groups, bits), weight, hessian)
     # Scales and zero points are those of rounding: only the whole numbers differ.
     assert found < 0.5 * rounded
 
@@ -98,7 +102,7 @@ def test_errors_cancel_on_correlated_inputs(bits: int, groups: int) -> None:
 def test_with_an_identity_hessian_it_is_rounding() -> None:
     """A widespread sample uses an identity Hessian, which compensates nothing."""
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(3))
-    found = solve(weight, torch.eye(64), 2, 4, "x")
+    found = solve(weight, prepare(torch.eye(64), "x"), 2, 4)
     assert torch.equal(found.q, quantize_grouped(weight, 2, 4).q)
 
 
@@ -106,10 +110,10 @@ def test_features_that_were_never_active_are_rounded() -> None:
     x = correlated(300, 64)
     x[:, 10:20] = 0
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(4))
-    found, rounded = solve(weight, x.T @ x, 2, 4, "x"), quantize_grouped(weight, 2, 4)
+    found, rounded = solve(weight, prepare(x.T @ x, "x"), 2, 4), quantize_grouped(weight, 2, 4)
     assert torch.equal(found.q[:, 10:20], rounded.q[:, 10:20])
     assert not torch.equal(found.q, rounded.q)
-    assert torch.equal(solve(weight, torch.zeros(64, 64), 2, 4, "x").q, rounded.q)
+    assert torch.equal(solve(weight, prepare(torch.zeros(64, 64), "x"), 2, 4).q, rounded.q)
 
 
 def test_an_unusable_hessian_names_the_layer() -> None:
@@ -117,7 +121,7 @@ def test_an_unusable_hessian_names_the_layer() -> None:
     hessian[0, 0] = 1.0
     hessian[1:, 0] = hessian[0, 1:] = 5.0
     with pytest.raises(SmeltError, match=r"layers\.3\.up_proj: .*--calib-samples"):
-        solve(torch.randn(4, 8), hessian.abs() * 2, 1, 4, "layers.3.up_proj")
+        prepare(hessian.abs() * 2, "layers.3.up_proj")
 
 
 @pytest.mark.parametrize("form", ["int4", "int3"])

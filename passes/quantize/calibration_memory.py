@@ -1,0 +1,224 @@
+"""How much memory a calibration will need, from the program's shapes, before it begins.
+
+Counted are tensors; the checkpoint's files are mapped and not copied. At any moment there are
+
+- the values that later pieces read, of every sample (`GraphRun.live`),
+- while a piece runs: what one sample needs on top, and the weights that the plan makes,
+- at a group: its statistics, the search's own working memory, and what its linears go on with,
+- what was found so far.
+
+tests/passes/quantize/test_calibration_memory.py holds the plan to 15 % of what is really allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import fx
+
+from smelt.passes.dialect import smelt_name
+from smelt.passes.program import Program, Role
+
+from .formats import packed_bytes, row_step
+from .groups import Group
+from .linears import Linear
+
+# A search reads rows of activations [R, K] in about three copies and makes two outputs [R, n].
+_INPUTS, _OUTPUTS = 3, 2
+# float32 copies of its input that an operator of ours makes on the way.
+_WIDE = {"rms_norm": 3, "gated_activation": 1, "rope": 2}
+
+
+class Needs(Protocol):
+    """What a method's search works with, measured: float32 copies of a chunk of weights, and
+    float32 matrices [K, K]. wide: whether linears go on with float32 weights."""
+
+    copies: ClassVar[float]
+    matrices: ClassVar[float]
+    wide: ClassVar[bool]
+    whole_gram: ClassVar[bool]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """bytes: the most that is held at one moment. where: the group it comes to that at."""
+
+    bytes: int
+    where: str
+
+    def __str__(self) -> str:
+        return f"about {self.bytes / 1e9:.2g} GB beside the model's files"
+
+
+def plan_memory(
+    program: Program,
+    groups: Sequence[Group],
+    lengths: Sequence[int],
+    method: Needs,
+    max_rows: int,
+) -> Memory:
+    """The peak of a calibration on samples of `lengths` tokens."""
+    values = _Values(program)
+    rows = min(max_rows, sum(lengths))
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    peak, where, start, held = 0, "", 0, 0
+    waiting = 0  # what the linears of the group before go on with
+    quantized = {linear.node for group in groups for linear in group.linears}
+    for group in groups:
+        stop = calls.index(group.linears[0].node)
+        running = values.piece(calls[start:stop], lengths)
+        running += waiting + _made(program, calls[start:stop], quantized)
+        kept = sum(values.before(calls[stop], length) for length in lengths)
+        statistics, search = _search(program, group, method, rows, max(lengths))
+        waiting = sum(_goes_on(program, linear, method) for linear in group.linears)
+        weights = _made(program, (linear.node for linear in group.linears), set())
+        going_on = weights + waiting + _chunk(group, 3.5)
+        moments = (running, kept + statistics + weights + search, kept + going_on)
+        if held + max(moments) > peak:
+            peak, where = held + max(moments), group.name
+        held += sum(_found(linear, method) for linear in group.linears)
+        start = stop
+    return Memory(peak, where)
+
+
+class _Values:
+    """Sizes and lifetimes of the graph's values; a view lives as long as what it looks into."""
+
+    def __init__(self, program: Program) -> None:
+        self.nodes: list[fx.Node] = list(program.graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        weights = {n for n in program.placeholders() if program.inputs[n.name].role is Role.WEIGHT}
+        self.root: dict[fx.Node, fx.Node] = {}
+        self.last: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            if node in weights:
+                continue
+            viewed = _viewed(node)
+            root = node if viewed is None else self.root.get(viewed, node)
+            self.root[node] = root
+            uses = [self.order[user] for user in node.users]
+            self.last[root] = max([self.last.get(root, -1), *uses])
+        self.roots = [n for n in self.nodes if self.root.get(n) is n and n.op != "output"]
+
+    def before(self, node: fx.Node, length: int) -> int:
+        """Bytes of one sample that live just before `node` runs."""
+        at = self.order[node]
+        alive = (r for r in self.roots if self.order[r] < at <= self.last[r])
+        return sum(_bytes(root, length) for root in alive)
+
+    def piece(self, nodes: Sequence[fx.Node], lengths: Sequence[int]) -> int:
+        """The most that is held while `nodes` run on one sample after the other."""
+        if not nodes:
+            return 0
+        longest = max(lengths)
+        after = self.nodes[self.order[nodes[-1]] + 1]
+        start = sum(self.before(nodes[0], length) for length in lengths)
+        end = sum(self.before(after, length) for length in lengths)
+        most = 0
+        for node in nodes:
+            made = _bytes(node, longest) if self.root[node] is node else 0
+            most = max(most, self.before(node, longest) + made + _working(node, longest))
+        first = start - self.before(nodes[0], longest)
+        last = end - self.before(after, longest)
+        return max(first, last) + most
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The value whose memory `node` shares."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or not node.all_input_nodes:
+        return None
+    is_item = getattr(node.target, "__name__", "") == "getitem"
+    alias = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    return node.all_input_nodes[0] if alias or is_item else None
+
+
+def _bytes(node: fx.Node, tokens: int) -> int:
+    value = node.meta.get("val")
+    parts = value if isinstance(value, list | tuple) else [value]
+    return sum(_tensor_bytes(part, tokens) for part in parts if isinstance(part, torch.Tensor))
+
+
+def _tensor_bytes(value: torch.Tensor, tokens: int) -> int:
+    sizes = [size if isinstance(size, int) else _size(size, tokens) for size in value.shape]
+    return math.prod(sizes) * value.dtype.itemsize
+
+
+def _size(size: Any, tokens: int) -> int:
+    """A symbolic size, which can only be made of the number of tokens."""
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, tokens)))
+
+
+def _working(node: fx.Node, tokens: int) -> int:
+    """Bytes an operator of ours takes and frees again: float32 copies, and attention's scores."""
+    name = smelt_name(node)
+    if name == "attention":
+        heads = int(node.meta["val"].shape[1])
+        return 3 * 4 * heads * tokens * tokens
+    value = node.meta.get("val")
+    if name not in _WIDE or not isinstance(value, torch.Tensor):
+        return 0
+    return _WIDE[name] * 4 * _bytes(node, tokens) // value.dtype.itemsize
+
+
+def _made(program: Program, nodes: Iterable[fx.Node], chosen: set[fx.Node]) -> int:
+    """Bytes of the weights `nodes` read that the plan makes, and does not only load.
+
+    chosen: linears that go on with something else.
+    """
+    producers = program.weights.producers()
+    names = {
+        name
+        for node in nodes
+        for used in node.all_input_nodes
+        if (name := program.weight_name(used)) is not None
+        and not (node in chosen and used is node.args[1])
+    }
+    made = [name for name in names if producers[name].op != "load"]
+    return sum(program.weights.specs[name].nbytes for name in made)
+
+
+def _search(
+    program: Program, group: Group, method: Needs, rows: int, longest: int
+) -> tuple[int, int]:
+    """(statistics, the search's working memory) of a group, in bytes."""
+    first = group.linears[0]
+    k, groups = first.k, first.scheme.groups(first.k)
+    width = k if method.whole_gram else k // groups
+    gram = 4 * width * k
+    observing = gram + 3 * 4 * longest * k
+    n = min(row_step(k), max(linear.n for linear in group.linears))
+    reading = 4 * rows * (_INPUTS * k + _OUTPUTS * n)
+    matrices = 4 * k * k
+    inverting = int(method.matrices * matrices)
+    searching = _chunk(group, _copies(program, group, method)) + reading
+    searching += matrices if method.matrices else 0
+    statistics = gram + 4 * rows * k
+    return statistics, max(observing - statistics, inverting, searching)
+
+
+def _copies(program: Program, group: Group, method: Needs) -> float:
+    """float32 copies of a chunk; a model of another dtype needs one more."""
+    wide = program.weights.specs[group.linears[0].weight].dtype is torch.float32
+    return method.copies + (0 if wide else 1.2)
+
+
+def _chunk(group: Group, copies: float) -> int:
+    """Bytes of `copies` float32 copies of the group's largest chunk."""
+    sizes = [min(row_step(linear.k), linear.n) * linear.k for linear in group.linears]
+    return int(copies * 4 * max(sizes))
+
+
+def _goes_on(program: Program, linear: Linear, method: Needs) -> int:
+    size = program.weights.specs[linear.weight].dtype.itemsize
+    return linear.parameters * (4 if method.wide else size)
+
+
+def _found(linear: Linear, method: Needs) -> int:
+    """What is kept of a linear until the end: packed weights, where they are values."""
+    return packed_bytes(linear.n, linear.k, linear.scheme) if method.matrices else 0
