@@ -167,9 +167,29 @@ def test_on_another_device_quantized_linears_are_dequantized_in_the_graph() -> N
     torch.testing.assert_close(logits_of(program, subject.source, subject.ids), before)
 
 
-def test_experts_say_that_they_have_no_kernel() -> None:
-    record = tiny_lowered("mixtral").program.records[-1]
-    experts = [note for note in record["notes"] if note["operator"] == "experts"]
-    assert len(experts) == 2
-    assert all(note["provider"] == "reference" for note in experts)
-    assert all("no kernel yet" in note["reason"] for note in experts)
+def test_experts_get_a_kernel() -> None:
+    program = tiny_lowered("mixtral").program
+    experts = [note for note in program.records[-1]["notes"] if note["operator"] == "experts"]
+    assert [note["provider"] for note in experts] == ["cpu", "cpu"]
+    assert all("rows each expert got" in note["reason"] for note in experts)
+    assert len(program.calls(torch.ops.smelt.experts_dense.default)) == 2
+
+
+class MadeExperts(Toy):
+    """Experts whose matrices are computed."""
+
+    def body(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        index = (positions[0] % 2)[:, None]
+        weight = torch.ones_like(index, dtype=torch.float32)
+        gate_up = self.head.weight[None, :16].repeat(2, 1, 1)
+        down = self.head.weight[None, :16, :8].repeat(2, 1, 1)
+        return torch.ops.smelt.experts(x[0], index, weight, gate_up, down, "silu")[None]
+
+
+def test_computed_experts_go_to_the_reference() -> None:
+    found = check_pass(
+        MadeExperts(), ChooseProviders(), before={"smelt.experts": 1}, after={"smelt.experts": 1}
+    )
+    notes = {note["operator"]: note for note in found.record["notes"]}
+    assert notes["experts"]["provider"] == "reference"
+    assert notes["experts"]["reason"] == "an expert's matrix is not a weight"

@@ -277,10 +277,13 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "rms_norm": (x, None, 1e-5, 0.0),
         "rope": (heads(3), table, table, False),
         "gated_activation": (x, x, "silu"),
-        "experts": (
-            *(x.float(), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)),
-            *(torch.randn(2, 6, 16), torch.randn(2, 16, 3), "silu"),
-        ),
+        **{
+            f"experts{suffix}": (
+                *(x.float(), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)),
+                *(torch.randn(2, 6, 16), torch.randn(2, 16, 3), "silu"),
+            )
+            for suffix in ("", "_dense")
+        },
         "linear": (x, torch.randn(20, 16, dtype=torch.bfloat16), None),
         "linear_int4": (x, q4, scales, zeros, None),
         "linear_int3": (x, q4[:, :6], scales, zeros, None),
