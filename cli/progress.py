@@ -10,6 +10,7 @@ STAGES = {
     "load": "reading the model",
     "trace": "tracing",
     "calibrate": "calibrating",
+    "resume": "going on with a calibration that was interrupted",
     "save": "saving the portable program",
     "weights": "writing weights",
     "compile": "compiling the step",

@@ -26,6 +26,7 @@ from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.manifest import Manifest
 
 from . import artifact, gate, lower, origins, portable
+from .journal import Journals
 from .loading import Loaded, load
 from .manager import Controls, PassManager, Stage
 from .numerics import NumericsCheck
@@ -88,7 +89,10 @@ def _compile(
         check_against_eager(loaded.config, settings.trust_remote_code)
         program = _trace(loaded)
         program.target = settings.device
-        stages = _stages(settings, program, loaded, report)
+        journals = None
+        if loaded.folder is not None:
+            journals = Journals(loaded.folder, lambda count: report("resume", count, count))
+        stages = _stages(settings, program, loaded, journals, report)
         proof = None
         if not settings.partial:
             proof = Proof(program, loaded.source, loaded.folder, settings.calib)
@@ -106,6 +110,8 @@ def _compile(
         manager.run(program, until=portable_count)
         if settings.partial:
             manager.run(program, start=portable_count)
+            if journals is not None:
+                journals.discard()
             raise _Stopped(program.records)
         _check_step(program)
         program.layout = _layout(program, settings)
@@ -131,6 +137,8 @@ def _compile(
             trust = settings.trust_remote_code
             manifest.quality["gate"] = gate.hold(settings.gate, folder, loaded.folder, out, trust)
             manifest.write(folder)
+    if journals is not None:
+        journals.discard()
     return Artifact(out, manifest)
 
 
@@ -152,7 +160,11 @@ def _trace(loaded: Loaded) -> Program:
 
 
 def _stages(
-    settings: CompileOptions, program: Program, loaded: Loaded, report: Progress
+    settings: CompileOptions,
+    program: Program,
+    loaded: Loaded,
+    journals: Journals | None,
+    report: Progress,
 ) -> list[Stage]:
     extra = [load_pass(p) if isinstance(p, str) else p for p in settings.passes]
     quantize = quantize_stage(
@@ -162,6 +174,7 @@ def _stages(
         program.facts.max_position,
         report,
         loaded.quantized is not None,
+        journals,
     )
     options: dict[str, dict[str, Any]] = {"insert-kv-cache": {"block_size": settings.block_size}}
     if settings.providers:

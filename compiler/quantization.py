@@ -9,6 +9,7 @@ from typing import Any
 from smelt.passes.base import Pass
 from smelt.passes.quantize import (
     AwqOptions,
+    CalibrationOptions,
     Fp8Options,
     GptqOptions,
     KeepQuantized,
@@ -25,6 +26,7 @@ from smelt.passes.quantize import (
 from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import UserError
 
+from .journal import Journals
 from .manager import Progress, Stage
 from .options import CompileOptions
 
@@ -36,7 +38,7 @@ METHODS: dict[str, type[Pass]] = {
     "fp8": QuantizeFp8,
 }
 # Options of the methods that may run text through the model.
-_CALIBRATED: dict[str, type[Any]] = {
+_CALIBRATED: dict[str, type[CalibrationOptions]] = {
     "awq": AwqOptions,
     "gptq": GptqOptions,
     "smoothquant": SmoothQuantOptions,
@@ -51,11 +53,12 @@ def quantize_stage(
     context: int,
     progress: Progress,
     quantized: bool = False,
+    journals: Journals | None = None,
 ) -> Stage | None:
     """The stage that `settings` ask for, or None without quantization.
 
     context: the model's, in tokens; calibration sequences are no longer. quantized: the checkpoint
-    already is, and keeps what it has.
+    already is, and keeps what it has. journals: where calibration keeps its results meanwhile.
 
     Raises UserError when calibration is needed and the text or the tokenizer is missing.
     """
@@ -70,7 +73,8 @@ def quantize_stage(
     def calibrating(layer: str, done: int, total: int) -> None:
         progress("calibrate", done, total)
 
-    return stage_for(spec, _calibration(settings, folder, context), source, calibrating)
+    samples = _calibration(settings, folder, context)
+    return stage_for(spec, samples, source, calibrating, journals)
 
 
 def stage_for(
@@ -78,12 +82,13 @@ def stage_for(
     samples: Sequence[Sequence[int]] = (),
     source: TensorSource | None = None,
     progress: Progress | None = None,
+    journals: Journals | None = None,
 ) -> Stage:
-    """The pass of a method with its options. samples, source: what a calibrated one needs."""
+    """The pass of a method with its options. The rest is for calibrated ones."""
     calibrated = _CALIBRATED.get(spec.method)
     if calibrated is None:
         return Stage(METHODS[spec.method](), RtnOptions(spec))
-    options = calibrated(spec, samples=samples, source=source, progress=progress)
+    options = calibrated(spec, samples=samples, source=source, progress=progress, journal=journals)
     return Stage(METHODS[spec.method](), options)
 
 

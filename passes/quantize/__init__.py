@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .awq import AwqOptions, QuantizeAwq
+from .calibrate import CalibrationOptions
 from .fp8 import Fp8Options, QuantizeFp8
 from .gptq import GptqOptions, QuantizeGptq
 from .prequantized import KeepQuantized, PrequantizedOptions
@@ -12,6 +13,7 @@ from .spec import QuantSpec, Scheme
 
 __all__ = [
     "AwqOptions",
+    "CalibrationOptions",
     "Fp8Options",
     "GptqOptions",
     "KeepQuantized",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
-from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import SmeltError, UserError
 
 from .awq_search import Scale, output_error, search_clip, search_scale
-from .calibrate import Progress, Statistics, calibrate
+from .calibrate import CalibrationOptions, Statistics, calibrate
 from .fold import fold
 from .formats import check_finite, fake_quantize
 from .groups import Group, find_groups
@@ -23,28 +23,76 @@ from .verdict import Verdict, group_note, group_size, rewrite_each
 
 
 @dataclass(frozen=True)
-class AwqOptions:
-    """spec: what to quantize; samples: token ids of calibration sequences; source: the checkpoint.
-
-    max_rows: tokens on which the searches measure output errors. progress(name, done, total).
-    """
+class AwqOptions(CalibrationOptions):
+    """As of every calibrated method; without a spec int4 in groups of 128."""
 
     spec: QuantSpec = field(default_factory=lambda: QuantSpec("awq"))
-    samples: Sequence[Sequence[int]] = ()
-    source: TensorSource | None = None
-    max_rows: int = 512
-    seed: int = 0
-    progress: Progress | None = None
 
 
-@dataclass
-class _Choice:
-    """What was found for one linear. clip uint8 [N, G]; errors relative to the output."""
+@dataclass(frozen=True)
+class AwqFound:
+    """What was found for one linear, scale and all.
 
-    scale: Scale | None
+    factor: of its group, float32 [P], a producer's channel each, None where nothing can be folded;
+    alpha: the exponent behind it. clip: uint8 [N, G]. Errors relative to the output.
+    """
+
+    factor: torch.Tensor | None
+    alpha: float | None
     clip: torch.Tensor
     error_rtn: float
     error: float
+
+    @property
+    def scale(self) -> Scale | None:
+        return None if self.factor is None else Scale(self.alpha or 0.0, self.factor)
+
+
+@dataclass(frozen=True)
+class Awq:
+    """The searches of AWQ as a calibration method."""
+
+    found: ClassVar[type[AwqFound]] = AwqFound
+    whole_gram: ClassVar[bool] = False
+
+    def search(
+        self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
+    ) -> list[AwqFound]:
+        """Scale of the group, then clips of its linears."""
+        for linear, weight in zip(group.linears, weights, strict=True):
+            check_finite(weight, linear.layer)
+        rows = statistics.rows
+        scale = _scale(group, weights, statistics.mean, rows)
+        s = _on_columns(group, scale, rows.shape[1])
+        found = []
+        for linear, weight in zip(group.linears, weights, strict=True):
+            w = weight.float()
+            gram = _scaled(statistics.gram, s) if statistics.gram is not None else None
+            clip = search_clip(w * s, linear.scheme, rows / s, gram)
+            size = float(output_error(rows, w).sum()) or 1.0
+            rounded = fake_quantize(w, linear.scheme)
+            final = fake_quantize(w * s, linear.scheme, clip) / s
+            found.append(
+                AwqFound(
+                    scale.factor if scale else None,
+                    scale.alpha if scale else None,
+                    clip,
+                    float(output_error(rows, rounded - w).sum()) / size,
+                    float(output_error(rows, final - w).sum()) / size,
+                )
+            )
+        return found
+
+    def go_on(
+        self, group: Group, weights: Sequence[torch.Tensor], found: Sequence[AwqFound]
+    ) -> list[torch.Tensor]:
+        """The weights as the runtime will have them, divided by the scale again."""
+        chosen = []
+        for linear, weight, each in zip(group.linears, weights, found, strict=True):
+            s = _on_columns(group, each.scale, weight.shape[1])
+            final = fake_quantize(weight.float() * s, linear.scheme, each.clip) / s
+            chosen.append(final.to(weight.dtype))
+        return chosen
 
 
 class QuantizeAwq(Pass):
@@ -85,23 +133,7 @@ class QuantizeAwq(Pass):
             raise UserError("awq needs calibration text and the checkpoint; use rtn without them")
         linears = find_linears(program, options.spec)
         groups = find_groups(program, linears)
-        choices: dict[str, _Choice] = {}
-
-        def choose(
-            group: Group, values: list[torch.Tensor], statistics: Statistics
-        ) -> list[torch.Tensor]:
-            return _choose(group, values, statistics, choices)
-
-        calibrate(
-            program,
-            groups,
-            options.samples,
-            options.source,
-            choose,
-            options.max_rows,
-            options.seed,
-            options.progress,
-        )
+        choices = calibrate(program, groups, Awq(), options)
         scales = {g.linears[0].weight: choices[g.linears[0].weight].scale for g in groups}
         applied = fold(program, [(g, scales[g.linears[0].weight]) for g in groups])
         reasons = {linear.node: g.reason for g in groups for linear in g.linears}
@@ -121,44 +153,27 @@ class QuantizeAwq(Pass):
         return rewrite_each(program, linears, rewrite)
 
 
-def _choose(
-    group: Group,
-    values: list[torch.Tensor],
-    statistics: Statistics,
-    choices: dict[str, _Choice],
-) -> list[torch.Tensor]:
-    """Search scale and clips of one group; the weights to go on with, as the runtime has them."""
-    for linear, value in zip(group.linears, values, strict=True):
-        check_finite(value, linear.layer)
-    rows = statistics.rows
-    scale = None
-    s = torch.ones(rows.shape[1])
-    if group.producer is not None and group.columns is not None:
-        schemes = [linear.scheme for linear in group.linears]
-        scale = search_scale(
-            values, schemes, statistics.mean, rows, group.columns, group.producer.channels
+def _scale(
+    group: Group, weights: Sequence[torch.Tensor], mean: torch.Tensor, rows: torch.Tensor
+) -> Scale | None:
+    """The scale of a group, None where there is nothing to fold it into. mean [K], rows [R, K]."""
+    if group.producer is None or group.columns is None:
+        return None
+    schemes = [linear.scheme for linear in group.linears]
+    scale = search_scale(weights, schemes, mean, rows, group.columns, group.producer.channels)
+    if not torch.isfinite(scale.factor).all() or not (scale.factor[group.columns] > 0).all():
+        raise SmeltError(
+            f"{group.name}: the scale found by calibration is not finite; "
+            "is the calibration text like what the model is meant for?"
         )
-        s = scale.factor[group.columns]
-        if not torch.isfinite(s).all() or not (s > 0).all():
-            raise SmeltError(
-                f"{group.name}: the scale found by calibration is not finite; "
-                "is the calibration text like what the model is meant for?"
-            )
-    chosen = []
-    for linear, value in zip(group.linears, values, strict=True):
-        w = value.float()
-        gram = _scaled(statistics.gram, s) if statistics.gram is not None else None
-        clip = search_clip(w * s, linear.scheme, rows / s, gram)
-        final = fake_quantize(w * s, linear.scheme, clip) / s
-        size = float(output_error(rows, w).sum()) or 1.0
-        choices[linear.weight] = _Choice(
-            scale,
-            clip,
-            float(output_error(rows, fake_quantize(w, linear.scheme) - w).sum()) / size,
-            float(output_error(rows, final - w).sum()) / size,
-        )
-        chosen.append(final.to(value.dtype))
-    return chosen
+    return scale
+
+
+def _on_columns(group: Group, scale: Scale | None, k: int) -> torch.Tensor:
+    """The factor of each of the K columns, float32 [K]."""
+    if scale is None or group.columns is None:
+        return torch.ones(k)
+    return scale.factor[group.columns]
 
 
 def _scaled(gram: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -167,7 +182,7 @@ def _scaled(gram: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     return gram / (parts[:, :, None] * parts[:, None, :])
 
 
-def _verdict(linear: Linear, choice: _Choice, reason: str | None) -> Verdict:
+def _verdict(linear: Linear, choice: AwqFound, reason: str | None) -> Verdict:
     notes = [note for note in (reason, group_note(linear)) if note]
     return Verdict(
         linear.layer,
@@ -175,7 +190,7 @@ def _verdict(linear: Linear, choice: _Choice, reason: str | None) -> Verdict:
         linear.scheme.format,
         group_size(linear),
         linear.parameters,
-        alpha=choice.scale.alpha if choice.scale else None,
+        alpha=choice.alpha,
         error_rtn=choice.error_rtn,
         error=choice.error,
         reason="; ".join(notes) or None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -11,13 +12,14 @@ from torch.nn import functional as F
 
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
-from smelt.passes.weights import TensorSource, operation
+from smelt.passes.weights import operation
 from smelt.runtime.errors import UserError
 from smelt.runtime.ops.linear_fp8 import E4M3_MAX, dequantize_fp8, round_activations, to_e4m3
 from smelt.runtime.ops.linear_w8a8 import usable_scale
 
-from .calibrate import Progress, Replacement, Statistics, calibrate
+from .calibrate import CalibrationOptions, Statistics, calibrate
 from .formats import _prepared, check_finite
+from .graph_run import Replacement
 from .groups import Group, find_groups
 from .linears import Linear, find_linears
 from .spec import QuantSpec
@@ -105,24 +107,50 @@ def to_fp8(program: Program, linear: Linear, input_scale: torch.Tensor | None = 
 
 
 @dataclass(frozen=True)
-class Fp8Options:
-    """spec: activations and blocks; samples and source: calibration, for static activations only.
-
-    max_rows: tokens on which output errors are measured. progress(name, done, total).
-    """
+class Fp8Options(CalibrationOptions):
+    """As of every calibrated method; samples and source only for static activations."""
 
     spec: QuantSpec = field(default_factory=lambda: QuantSpec("fp8"))
-    samples: Sequence[Sequence[int]] = ()
-    source: TensorSource | None = None
-    max_rows: int = 512
-    seed: int = 0
-    progress: Progress | None = None
 
 
-@dataclass
-class _Choice:
+@dataclass(frozen=True)
+class Fp8Found:
+    """input_scale: float32 [1], max|x| / 448 over the text. error: relative to the output."""
+
     input_scale: torch.Tensor
     error: float
+
+
+@dataclass(frozen=True)
+class StaticFp8:
+    """Static input scales as a calibration method."""
+
+    found: ClassVar[type[Fp8Found]] = Fp8Found
+    whole_gram: ClassVar[bool] = False
+
+    def search(
+        self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
+    ) -> list[Fp8Found]:
+        """One scale for the group's input."""
+        scale = usable_scale(statistics.largest.amax().reshape(1), E4M3_MAX)
+        rows = statistics.rows
+        found = []
+        for linear, weight in zip(group.linears, weights, strict=True):
+            check_finite(weight, linear.layer)
+            exact = rows @ weight.float().T
+            size = exact.square().sum().clamp(min=1e-30)
+            lost = product(weight, scale, "static", 0)(rows, None) - exact
+            found.append(Fp8Found(scale, float(lost.square().sum() / size)))
+        return found
+
+    def go_on(
+        self, group: Group, weights: Sequence[torch.Tensor], found: Sequence[Fp8Found]
+    ) -> list[Replacement]:
+        """What the linears compute from then on, their inputs quantized too."""
+        return [
+            product(weight, each.input_scale, "static", 0)
+            for weight, each in zip(weights, found, strict=True)
+        ]
 
 
 class QuantizeFp8(Pass):
@@ -158,7 +186,7 @@ class QuantizeFp8(Pass):
     def run(self, program: Program, options: Fp8Options) -> PassResult:
         spec = options.spec
         linears = find_linears(program, spec)
-        choices: dict[str, _Choice] = {}
+        choices: dict[str, Fp8Found] = {}
         if spec.needs_calibration:
             choices = _calibrated(program, find_groups(program, linears), options)
 
@@ -172,41 +200,13 @@ class QuantizeFp8(Pass):
 
 def _calibrated(
     program: Program, groups: Sequence[Group], options: Fp8Options
-) -> dict[str, _Choice]:
-    """Static input scales, max|x| / 448 over the calibration text, by the linear's weight."""
+) -> dict[str, Fp8Found]:
+    """Static input scales over the calibration text, by the linear's weight."""
     if options.source is None or not options.samples:
         raise UserError(
             "static activations need calibration text and the checkpoint; dynamic ones need neither"
         )
-    choices: dict[str, _Choice] = {}
-
-    def choose(
-        group: Group, values: list[torch.Tensor], statistics: Statistics
-    ) -> list[Replacement]:
-        scale = usable_scale(statistics.largest.amax().reshape(1), E4M3_MAX)
-        rows = statistics.rows
-        products: list[Replacement] = []
-        for linear, value in zip(group.linears, values, strict=True):
-            check_finite(value, linear.layer)
-            found = product(value, scale, "static", 0)
-            exact = rows @ value.float().T
-            size = exact.square().sum().clamp(min=1e-30)
-            error = float((found(rows, None) - exact).square().sum() / size)
-            choices[linear.weight] = _Choice(scale, error)
-            products.append(found)
-        return products
-
-    calibrate(
-        program,
-        groups,
-        options.samples,
-        options.source,
-        choose,
-        options.max_rows,
-        options.seed,
-        options.progress,
-    )
-    return choices
+    return calibrate(program, groups, StaticFp8(), options)
 
 
 def _verdict(linear: Linear, spec: QuantSpec, error: float | None, target: str) -> Verdict:

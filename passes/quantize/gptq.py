@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
-from smelt.passes.weights import TensorSource, operation
+from smelt.passes.weights import operation
 from smelt.runtime.errors import UserError
 from smelt.runtime.ops.linear import GROUPED_BITS
-from smelt.runtime.ops.packing import pack
+from smelt.runtime.ops.packing import pack, unpack
 
 from .awq_search import search_clip
-from .calibrate import Progress, Statistics, calibrate
+from .calibrate import CalibrationOptions, Statistics, calibrate
 from .formats import Quantized, check_finite, quantize
 from .gptq_solve import DAMPING, error_of, solve
 from .groups import Group, find_groups
@@ -25,30 +26,56 @@ from .verdict import Verdict, group_note, group_size, rewrite_each
 
 
 @dataclass(frozen=True)
-class GptqOptions:
-    """spec: what to quantize; samples: token ids of calibration sequences; source: the checkpoint.
-
-    max_rows: tokens on which clipping measures output errors. damping: added to the Hessian's
-    diagonal, as a share of its mean. progress(name, done, total).
-    """
+class GptqOptions(CalibrationOptions):
+    """As of every calibrated method. damping: added to the Hessian's diagonal, as a share of its
+    mean."""
 
     spec: QuantSpec = field(default_factory=lambda: QuantSpec("gptq"))
-    samples: Sequence[Sequence[int]] = ()
-    source: TensorSource | None = None
-    max_rows: int = 512
-    seed: int = 0
     damping: float = DAMPING
-    progress: Progress | None = None
 
 
-@dataclass
-class _Choice:
-    """What was found for one linear; errors relative to the output, over all calibration tokens."""
+@dataclass(frozen=True)
+class GptqFound:
+    """One rounded linear, packed: as in `runtime/ops/packing.py`.
 
-    weight: Quantized
+    Errors are relative to the output, over all calibration tokens. note: why it is only rounded.
+    """
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
     error_rtn: float
     error: float
     note: str | None = None
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Error compensation as a calibration method."""
+
+    damping: float = DAMPING
+    found: ClassVar[type[GptqFound]] = GptqFound
+    whole_gram: ClassVar[bool] = True
+
+    def search(
+        self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
+    ) -> list[GptqFound]:
+        """Every linear rounded for the group's Hessian."""
+        found = []
+        for linear, weight in zip(group.linears, weights, strict=True):
+            check_finite(weight, linear.layer)
+            found.append(_search(linear, weight, statistics, self.damping))
+        return found
+
+    def go_on(
+        self, group: Group, weights: Sequence[torch.Tensor], found: Sequence[GptqFound]
+    ) -> list[torch.Tensor]:
+        """The rounded weights in the model's dtype."""
+        chosen = []
+        for linear, weight, each in zip(group.linears, weights, found, strict=True):
+            q = unpack(each.qweight, FORMATS[linear.scheme.format].bits, linear.k)
+            chosen.append(Quantized(q, each.scales, each.zeros).dequantize().to(weight.dtype))
+        return chosen
 
 
 class QuantizeGptq(Pass):
@@ -86,34 +113,12 @@ class QuantizeGptq(Pass):
         if options.source is None or not options.samples:
             raise UserError("gptq needs calibration text and the checkpoint; use rtn without them")
         linears = find_linears(program, options.spec)
-        choices: dict[str, _Choice] = {}
-
-        def choose(
-            group: Group, values: list[torch.Tensor], statistics: Statistics
-        ) -> list[torch.Tensor]:
-            for linear, value in zip(group.linears, values, strict=True):
-                check_finite(value, linear.layer)
-                choices[linear.weight] = _choose(linear, value, statistics, options.damping)
-            return [
-                choices[linear.weight].weight.dequantize().to(value.dtype)
-                for linear, value in zip(group.linears, values, strict=True)
-            ]
-
-        calibrate(
-            program,
-            find_groups(program, linears),
-            options.samples,
-            options.source,
-            choose,
-            options.max_rows,
-            options.seed,
-            options.progress,
-            whole_gram=True,
-        )
+        groups = find_groups(program, linears)
+        choices = calibrate(program, groups, Gptq(options.damping), options)
 
         def rewrite(linear: Linear, result: PassResult) -> Verdict:
             choice = choices.pop(linear.weight)
-            _put(program, linear, choice.weight)
+            _put(program, linear, choice)
             notes = [note for note in (choice.note, group_note(linear)) if note]
             return Verdict(
                 linear.layer,
@@ -129,7 +134,9 @@ class QuantizeGptq(Pass):
         return rewrite_each(program, linears, rewrite)
 
 
-def _choose(linear: Linear, value: torch.Tensor, statistics: Statistics, damping: float) -> _Choice:
+def _search(
+    linear: Linear, value: torch.Tensor, statistics: Statistics, damping: float
+) -> GptqFound:
     """Round one layer with and without clipping, and keep what loses least."""
     assert statistics.gram is not None
     hessian = statistics.gram[0]
@@ -144,9 +151,11 @@ def _choose(linear: Linear, value: torch.Tensor, statistics: Statistics, damping
     errors = [error_of(found.dequantize() - w, hessian) / size for found in candidates]
     error_rtn = error_of(rounded.dequantize() - w, hessian) / size
     error, best = min(zip(errors, candidates, strict=True), key=lambda pair: pair[0])
+    note = None
     if error >= error_rtn:
-        return _Choice(rounded, error_rtn, error_rtn, "rounded to nearest: nothing was gained")
-    return _Choice(best, error_rtn, error)
+        error, best, note = error_rtn, rounded, "rounded to nearest: nothing was gained"
+    assert best.zeros is not None
+    return GptqFound(pack(best.q, bits), best.scales, best.zeros, error_rtn, error, note)
 
 
 def _diagonal_blocks(hessian: torch.Tensor, groups: int) -> torch.Tensor:
@@ -156,15 +165,15 @@ def _diagonal_blocks(hessian: torch.Tensor, groups: int) -> torch.Tensor:
     return parts.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
-def _put(program: Program, linear: Linear, weight: Quantized) -> None:
+def _put(program: Program, linear: Linear, found: GptqFound) -> None:
     """The found weights as values of the plan, and the operator that reads them."""
-    assert weight.zeros is not None
-    bits = FORMATS[linear.scheme.format].bits
-    found = {"qweight": pack(weight.q, bits), "scales": weight.scales, "zeros": weight.zeros}
-    given = [program.weights.put(f"{linear.weight}.{k}.found", v) for k, v in found.items()]
-    outputs = [f"{linear.weight}.{field}" for field in found]
-    names = program.weights.add(f"take_int{bits}", outputs, [linear.weight, *given])
-    replace_linear(program, linear, names)
+    packed = {"qweight": found.qweight, "scales": found.scales, "zeros": found.zeros}
+    given = [program.weights.put(f"{linear.weight}.{k}.found", v) for k, v in packed.items()]
+    outputs = [f"{linear.weight}.{field}" for field in packed]
+    operation = f"take_{linear.scheme.format}"
+    replace_linear(
+        program, linear, program.weights.add(operation, outputs, [linear.weight, *given])
+    )
 
 
 def _take_operation(bits: int) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
-from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import SmeltError, UserError
 
 from .awq_search import Scale
-from .calibrate import Progress, Replacement, Statistics, calibrate
+from .calibrate import CalibrationOptions, Statistics, calibrate
 from .fold import fold
 from .formats import check_finite
+from .graph_run import Replacement
 from .groups import Group, find_groups
 from .linears import Linear, find_linears
 from .smooth_search import ALPHAS, Inputs, output_error, search_alpha
@@ -27,29 +28,73 @@ LABELS = {"dynamic": "int8, a scale a token", "static": "int8, one scale"}
 
 
 @dataclass(frozen=True)
-class SmoothQuantOptions:
-    """spec: alpha and activations; samples: token ids of calibration sequences; source: checkpoint.
-
-    Neither samples nor source are needed for alpha 0 with dynamic activations. max_rows: tokens on
-    which output errors are measured. progress(name, done, total).
-    """
+class SmoothQuantOptions(CalibrationOptions):
+    """As of every calibrated method; alpha 0 with dynamic activations needs no samples."""
 
     spec: QuantSpec = field(default_factory=lambda: QuantSpec("smoothquant"))
-    samples: Sequence[Sequence[int]] = ()
-    source: TensorSource | None = None
-    max_rows: int = 512
-    seed: int = 0
-    progress: Progress | None = None
 
 
-@dataclass
-class _Choice:
-    """What was found for one linear. input_scale float32 [1] or None; errors of its output."""
+@dataclass(frozen=True)
+class SmoothQuantFound:
+    """What was found for one linear.
 
-    scale: Scale | None
+    factor: of its group, float32 [P], a producer's channel each, None where nothing can be folded;
+    alpha: the exponent behind it. input_scale: float32 [1] or None. Errors relative to the output.
+    """
+
+    factor: torch.Tensor | None
+    alpha: float | None
     input_scale: torch.Tensor | None
     error_rtn: float
     error: float
+
+    @property
+    def scale(self) -> Scale | None:
+        return None if self.factor is None else Scale(self.alpha or 0.0, self.factor)
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """The search for alpha, and of static input scales, as a calibration method."""
+
+    spec: QuantSpec
+    found: ClassVar[type[SmoothQuantFound]] = SmoothQuantFound
+    whole_gram: ClassVar[bool] = False
+
+    def search(
+        self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
+    ) -> list[SmoothQuantFound]:
+        """One factor for the group; errors with both sides quantized."""
+        for linear, weight in zip(group.linears, weights, strict=True):
+            check_finite(weight, linear.layer)
+        inputs = Inputs(statistics.largest, statistics.rows, self.spec.activations == "static")
+        scale, s = None, None
+        if group.producer is not None and group.columns is not None:
+            alphas = ALPHAS if self.spec.alpha is None else (self.spec.alpha,)
+            scale = search_alpha(weights, inputs, group.columns, group.producer.channels, alphas)
+            s = scale.factor[group.columns]
+            if not torch.isfinite(s).all() or not (s > 0).all():
+                raise SmeltError(
+                    f"{group.name}: the scale found by calibration is not finite; "
+                    "is the calibration text like what the model is meant for?"
+                )
+        factor, alpha = (scale.factor, scale.alpha) if scale else (None, None)
+        plain = output_error(weights, inputs, None)
+        smoothed = plain if s is None else output_error(weights, inputs, s)
+        return [
+            SmoothQuantFound(factor, alpha, inputs.scale(s), before, after)
+            for before, after in zip(plain, smoothed, strict=True)
+        ]
+
+    def go_on(
+        self, group: Group, weights: Sequence[torch.Tensor], found: Sequence[SmoothQuantFound]
+    ) -> list[Replacement]:
+        """What the linears compute from then on, their inputs quantized too."""
+        chosen: list[Replacement] = []
+        for weight, each in zip(weights, found, strict=True):
+            s = None if each.factor is None else each.factor[group.columns]
+            chosen.append(product(weight, s, each.input_scale))
+        return chosen
 
 
 class QuantizeSmoothQuant(Pass):
@@ -94,7 +139,7 @@ class QuantizeSmoothQuant(Pass):
             if linear.reason is None:
                 check_width(linear)
         groups = find_groups(program, linears)
-        choices: dict[str, _Choice] = {}
+        choices: dict[str, SmoothQuantFound] = {}
         applied: dict[str, dict[str, str]] = {}
         if spec.needs_calibration:
             choices = _calibrated(program, groups, options)
@@ -117,64 +162,22 @@ class QuantizeSmoothQuant(Pass):
 
 def _calibrated(
     program: Program, groups: Sequence[Group], options: SmoothQuantOptions
-) -> dict[str, _Choice]:
+) -> dict[str, SmoothQuantFound]:
     """Factors and input scales of every linear, by its weight's name."""
-    spec = options.spec
     if options.source is None or not options.samples:
         raise UserError(
             "smoothquant needs calibration text and the checkpoint to measure activations; with "
             "alpha 0 and dynamic activations it needs neither"
         )
-    choices: dict[str, _Choice] = {}
-
-    def choose(
-        group: Group, values: list[torch.Tensor], statistics: Statistics
-    ) -> list[Replacement]:
-        return _choose(group, values, statistics, spec, choices)
-
-    calibrate(
-        program,
-        groups,
-        options.samples,
-        options.source,
-        choose,
-        options.max_rows,
-        options.seed,
-        options.progress,
-    )
-    return choices
-
-
-def _choose(
-    group: Group,
-    values: list[torch.Tensor],
-    statistics: Statistics,
-    spec: QuantSpec,
-    choices: dict[str, _Choice],
-) -> list[Replacement]:
-    """Find alpha for one group; what its linears compute from then on, inputs quantized too."""
-    for linear, value in zip(group.linears, values, strict=True):
-        check_finite(value, linear.layer)
-    inputs = Inputs(statistics.largest, statistics.rows, spec.activations == "static")
-    scale, s = None, None
-    if group.producer is not None and group.columns is not None:
-        alphas = ALPHAS if spec.alpha is None else (spec.alpha,)
-        scale = search_alpha(values, inputs, group.columns, group.producer.channels, alphas)
-        s = scale.factor[group.columns]
-        if not torch.isfinite(s).all() or not (s > 0).all():
-            raise SmeltError(
-                f"{group.name}: the scale found by calibration is not finite; "
-                "is the calibration text like what the model is meant for?"
-            )
-    plain = output_error(values, inputs, None)
-    found = plain if s is None else output_error(values, inputs, s)
-    for linear, before, after in zip(group.linears, plain, found, strict=True):
-        choices[linear.weight] = _Choice(scale, inputs.scale(s), before, after)
-    return [product(value, s, inputs.scale(s)) for value in values]
+    return calibrate(program, groups, SmoothQuant(options.spec), options)
 
 
 def _verdict(
-    linear: Linear, spec: QuantSpec, choice: _Choice | None, reason: str | None, target: str
+    linear: Linear,
+    spec: QuantSpec,
+    choice: SmoothQuantFound | None,
+    reason: str | None,
+    target: str,
 ) -> Verdict:
     return Verdict(
         linear.layer,
@@ -182,7 +185,7 @@ def _verdict(
         "int8",
         0,
         linear.parameters,
-        alpha=choice.scale.alpha if choice and choice.scale else None,
+        alpha=choice.alpha if choice else None,
         error_rtn=choice.error_rtn if choice else None,
         error=choice.error if choice else None,
         reason=reason,

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from helpers.quantized import module, program_of, random_ids
 
 from smelt.compiler.weights import ModuleSource
-from smelt.passes.quantize.calibrate import Replacement, Statistics, calibrate
+from smelt.passes.quantize.calibrate import (
+    CalibrationOptions,
+    Statistics,
+    calibrate,
+)
+from smelt.passes.quantize.graph_run import Replacement
 from smelt.passes.quantize.groups import Group, find_groups
 from smelt.passes.quantize.linears import find_linears
 from smelt.passes.quantize.spec import QuantSpec
@@ -16,20 +25,52 @@ from smelt.runtime.errors import SmeltError
 SAMPLES = random_ids(3, 17) + random_ids(1, 9, seed=5)
 
 
-def collect(model: torch.nn.Module, scale: float = 1.0, **options: object) -> dict[str, Statistics]:
-    """Run calibration; every weight goes on multiplied by `scale`."""
+@dataclass(frozen=True)
+class Kept:
+    """What `Plain` finds: nothing but the order in which it was asked."""
+
+    number: int
+
+
+class Plain:
+    """A method that keeps the statistics it is shown; linears go on with their weight x scale."""
+
+    found = Kept
+    whole_gram = False
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+        self.seen: dict[str, Statistics] = {}
+
+    def __repr__(self) -> str:
+        return f"Plain({self.scale})"
+
+    def search(
+        self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
+    ) -> list[Kept]:
+        self.seen[group.linears[0].layer] = statistics
+        return [Kept(len(self.seen)) for _ in weights]
+
+    def go_on(
+        self, group: Group, weights: Sequence[torch.Tensor], found: Sequence[Kept]
+    ) -> Sequence[Replacement]:
+        return [weight * self.scale for weight in weights]
+
+
+def calibrated(
+    model: torch.nn.Module, method: Plain, source: ModuleSource | None = None, **options: Any
+) -> dict[str, Kept]:
     program = program_of(model)
     groups = find_groups(program, find_linears(program, QuantSpec("rtn", "int4", 32)))
-    found: dict[str, Statistics] = {}
+    given = {"samples": SAMPLES, "source": source or ModuleSource(model)} | options
+    return calibrate(program, groups, method, CalibrationOptions(**given))
 
-    def choose(
-        group: Group, weights: list[torch.Tensor], statistics: Statistics
-    ) -> list[torch.Tensor]:
-        found[group.linears[0].layer] = statistics
-        return [weight * scale for weight in weights]
 
-    calibrate(program, groups, SAMPLES, ModuleSource(model), choose, **options)  # type: ignore[arg-type]
-    return found
+def collect(model: torch.nn.Module, scale: float = 1.0, **options: Any) -> dict[str, Statistics]:
+    """Run calibration; every weight goes on multiplied by `scale`."""
+    method = Plain(scale)
+    calibrated(model, method, **options)
+    return method.seen
 
 
 def inputs_of(model: torch.nn.Module, name: str) -> torch.Tensor:
@@ -76,29 +117,26 @@ def test_a_linear_may_go_on_with_a_function_of_its_input_and_bias() -> None:
     """Methods that quantize inputs, too, replace the whole product and not its weight."""
     model = module("Qwen2", num_hidden_layers=1)
     plain = collect(model)
-    program = program_of(model)
-    groups = find_groups(program, find_linears(program, QuantSpec("rtn", "int4", 32)))
-    found: dict[str, Statistics] = {}
     biased: list[bool] = []
 
-    def choose(
-        group: Group, weights: list[torch.Tensor], statistics: Statistics
-    ) -> list[Replacement]:
-        found[group.linears[0].layer] = statistics
+    def product(weight: torch.Tensor) -> Replacement:
+        def apply(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            biased.append(bias is not None)
+            return torch.nn.functional.linear(x, weight, bias)
 
-        def product(weight: torch.Tensor) -> Replacement:
-            def apply(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-                biased.append(bias is not None)
-                return torch.nn.functional.linear(x, weight, bias)
+        return apply
 
-            return apply
+    class Products(Plain):
+        def go_on(
+            self, group: Group, weights: Sequence[torch.Tensor], found: Sequence[Kept]
+        ) -> list[Replacement]:
+            return [product(weight) for weight in weights]
 
-        return [product(weight) for weight in weights]
-
-    calibrate(program, groups, SAMPLES, ModuleSource(model), choose)
+    method = Products()
+    calibrated(model, method)
     assert True in biased and False in biased, "qkv has a bias, the others have none"
     for layer, statistics in plain.items():
-        assert torch.equal(found[layer].rows, statistics.rows), layer
+        assert torch.equal(method.seen[layer].rows, statistics.rows), layer
 
 
 def test_kept_rows_are_bounded_seeded_and_the_same_for_all_groups() -> None:
@@ -120,15 +158,16 @@ def test_one_pieces_weights_are_made_at_a_time() -> None:
             asked.append(name)
             return super().tensor(name)
 
-    program = program_of(model)
-    groups = find_groups(program, find_linears(program, QuantSpec("rtn", "int4", 32)))
     at: list[int] = []
 
-    def choose(_: Group, weights: list[torch.Tensor], __: Statistics) -> list[torch.Tensor]:
-        at.append(len(asked))
-        return weights
+    class Noting(Plain):
+        def search(
+            self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
+        ) -> list[Kept]:
+            at.append(len(asked))
+            return super().search(group, weights, statistics)
 
-    calibrate(program, groups, SAMPLES, Watched(model), choose)
+    calibrated(model, Noting(), Watched(model))
     layer_of = [name.split(".")[2] for name in asked if ".layers." in name]
     assert layer_of == sorted(layer_of), "a layer was read before the one ahead of it was done"
     assert "lm_head.weight" not in asked, "nothing after the last group is run"
@@ -152,14 +191,53 @@ def test_activations_that_are_not_finite_name_the_layer() -> None:
 
 
 def test_sequences_beyond_the_models_context_are_cut() -> None:
-    model = module("GPT2", n_positions=32)
-    program = program_of(model)
-    groups = find_groups(program, find_linears(program, QuantSpec("rtn", "int4", 32)))
-    seen: list[int] = []
+    found = collect(module("GPT2", n_positions=32), samples=random_ids(2, 50))
+    assert {statistics.tokens for statistics in found.values()} == {64}
 
-    def choose(_: Group, weights: list[torch.Tensor], statistics: Statistics) -> list[torch.Tensor]:
-        seen.append(statistics.tokens)
-        return weights
 
-    calibrate(program, groups, random_ids(2, 50), ModuleSource(model), choose)
-    assert set(seen) == {64}
+def test_an_interrupted_calibration_goes_on_where_it_was() -> None:
+    model = module("Llama")
+    journals: dict[str, dict[str, Any]] = {}
+
+    def opened(digest: str) -> dict[str, Any]:
+        return journals.setdefault(digest, {})
+
+    class Interrupted(Plain):
+        def search(
+            self, group: Group, weights: Sequence[torch.Tensor], statistics: Statistics
+        ) -> list[Kept]:
+            if len(self.seen) == 3:
+                raise KeyboardInterrupt
+            return super().search(group, weights, statistics)
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(model, Interrupted(0.9), journal=opened)
+    (journal,) = journals.values()
+    assert len(journal) == 3
+    whole, rest = Plain(0.9), Plain(0.9)
+    calibrated(model, whole)
+    found = calibrated(model, rest, journal=opened)
+    assert list(rest.seen) == list(whole.seen)[3:], "only what was missing is searched"
+    for layer, statistics in rest.seen.items():
+        assert torch.equal(statistics.rows, whole.seen[layer].rows), "it saw other activations"
+    assert [each.number for each in found.values()] == [1, 2, 3, 1, 2, 3, 4, 5]
+    assert len(journal) == 8 and len(journals) == 1
+    again = Plain(0.9)
+    assert calibrated(model, again, journal=opened) == found and not again.seen
+
+
+def test_a_journal_belongs_to_one_program_samples_and_settings() -> None:
+    model, keys = module("Llama"), []
+
+    def opened(digest: str) -> dict[str, Any]:
+        keys.append(digest)
+        return {}
+
+    calibrated(model, Plain(0.9), journal=opened)
+    calibrated(model, Plain(0.9), journal=opened)
+    assert keys[0] == keys[1]
+    calibrated(model, Plain(0.8), journal=opened)
+    calibrated(model, Plain(0.9), journal=opened, samples=SAMPLES[:-1])
+    calibrated(model, Plain(0.9), journal=opened, seed=1)
+    calibrated(module("Llama", rms_norm_eps=1e-3), Plain(0.9), journal=opened)
+    assert len(set(keys)) == 5

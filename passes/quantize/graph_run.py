@@ -1,0 +1,114 @@
+"""The graph run piece by piece over several samples: one piece's weights in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from smelt.passes.program import Program, Role
+from smelt.passes.weights import TensorSource
+from smelt.runtime.errors import SmeltError
+
+from .groups import Group
+
+# What a linear goes on with: a weight, or a function of (x, bias) where the input is quantized too.
+Replacement = torch.Tensor | Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+class GraphRun:
+    """The live values of every sample while the graph runs.
+
+    The graph is cut just before the first linear of each group. `chosen`: what linears that come
+    next go on with in place of their weight.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        source: TensorSource,
+        groups: Sequence[Group],
+        samples: Sequence[Sequence[int]],
+    ) -> None:
+        self.program = program
+        self.source = source
+        self.groups = groups
+        self.chosen: dict[fx.Node, Replacement] = {}
+        self.order = {node: i for i, node in enumerate(program.graph.nodes)}
+        self.last_use = {
+            node: max((self.order[user] for user in node.users), default=-1) for node in self.order
+        }
+        self.live: list[dict[fx.Node, Any]] = [self._inputs(sample) for sample in samples]
+
+    def _inputs(self, sample: Sequence[int]) -> dict[fx.Node, Any]:
+        ids = torch.tensor(sample, dtype=torch.int64)
+        given = {"input_ids": ids, "position_ids": torch.arange(len(ids))}
+        values: dict[fx.Node, Any] = {}
+        for node in self.program.placeholders():
+            entry = self.program.inputs[node.name]
+            if entry.role is Role.WEIGHT:
+                continue
+            if entry.name not in given:
+                raise SmeltError(
+                    f"calibration runs whole sequences, and this program also wants {entry.name}; "
+                    "quantize before the cache and the logits rows go in"
+                )
+            values[node] = given[entry.name]
+        return values
+
+    def pieces(self) -> Iterable[tuple[list[fx.Node], Group]]:
+        """(the calls up to a group, the group), in graph order; nothing after the last is run."""
+        calls = [n for n in self.program.graph.nodes if n.op == "call_function"]
+        start = 0
+        for group in self.groups:
+            stop = calls.index(group.linears[0].node)
+            yield calls[start:stop], group
+            start = stop
+
+    def advance(self, nodes: Sequence[fx.Node]) -> None:
+        """Run `nodes` on every sample, then drop what nothing later reads."""
+        if not nodes:
+            return
+        weights = self._weights_of(nodes)
+        for values in self.live:
+            for node in nodes:
+                values[node] = self._call(node, values, weights)
+                for used in {node, *node.all_input_nodes}:
+                    if self.last_use[used] <= self.order[node]:
+                        values.pop(used, None)
+        for node in nodes:
+            self.chosen.pop(node, None)
+
+    def _weights_of(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+        """The weights `nodes` read, without those a method has replaced."""
+        names: dict[str, list[fx.Node]] = {}
+        for node in nodes:
+            for used in node.all_input_nodes:
+                name = self.program.weight_name(used)
+                if name is not None and not (node in self.chosen and used is node.args[1]):
+                    names.setdefault(name, []).append(used)
+        made = self.program.weights.materialize(names, self.source)
+        return {node: value for name, value in made for node in names[name]}
+
+    def _call(self, node: fx.Node, values: dict[fx.Node, Any], weights: dict[fx.Node, Any]) -> Any:
+        chosen = self.chosen.get(node)
+
+        def value(used: fx.Node) -> Any:
+            if chosen is not None and used is node.args[1]:
+                return chosen
+            return weights[used] if used in weights else values[used]
+
+        with torch.no_grad():
+            args: Any = fx.node.map_arg(node.args, value)
+            kwargs: Any = fx.node.map_arg(node.kwargs, value)
+            if chosen is not None and not isinstance(chosen, torch.Tensor):
+                return chosen(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def weights(self, group: Group) -> list[torch.Tensor]:
+        """The group's weights as the plan makes them, [N, K] in the model's dtype."""
+        names = [linear.weight for linear in group.linears]
+        made = dict(self.program.weights.materialize(names, self.source))
+        return [made[name] for name in names]
