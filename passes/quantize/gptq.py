@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
@@ -17,12 +18,14 @@ from smelt.runtime.ops.packing import pack, unpack
 
 from .awq_search import search_clip
 from .calibrate import CalibrationOptions, Statistics, calibrate
+from .expert_layers import ExpertLayers
+from .experts import MATRICES, Experts, replace_experts
 from .formats import Quantized, check_finite, quantize
 from .gptq_solve import DAMPING, error_of, solve
 from .groups import Group, find_groups
 from .linears import Linear, find_linears, replace_linear
 from .spec import FORMATS, QuantSpec
-from .verdict import Verdict, group_note, group_size, rewrite_each
+from .verdict import Verdict, expected, group_note, group_size, rewrite_each
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,32 @@ class Gptq:
             chosen.append(Quantized(q, each.scales, each.zeros).dequantize().to(weight.dtype))
         return chosen
 
+    def expert_groups(self, gate_up: Linear, down: Linear) -> tuple[Group, Group]:
+        """Each matrix by itself: nothing is folded."""
+        return Group((gate_up,)), Group((down,))
+
+    def rounded(self, linear: Linear, weight: torch.Tensor) -> GptqFound:
+        """Rounded to nearest."""
+        made = quantize(weight.float(), linear.scheme)
+        assert made.zeros is not None
+        q = pack(made.q, FORMATS[linear.scheme.format].bits)
+        return GptqFound(q, made.scales, made.zeros, 0.0, 0.0)
+
+    def put_experts(
+        self, program: Program, experts: Experts, found: Mapping[str, Sequence[GptqFound]]
+    ) -> fx.Node:
+        """The found weights of all experts, one below the other, as values of the plan."""
+        names = []
+        for matrix, weight in zip(MATRICES, experts.weights, strict=True):
+            every = found[matrix]
+            packed = {
+                "qweight": torch.cat([each.qweight for each in every]),
+                "scales": torch.cat([each.scales for each in every]),
+                "zeros": torch.cat([each.zeros for each in every]),
+            }
+            names.append(_planned(program, experts.scheme.format, weight, packed))
+        return replace_experts(program, experts, *names)
+
 
 class QuantizeGptq(Pass):
     """Linear layers get packed weights, rounded column by column with their errors compensated.
@@ -94,8 +123,9 @@ class QuantizeGptq(Pass):
     all calibration tokens, streamed; columns are taken in the order of their activations on a grid
     fixed beforehand (`gptq_solve.py`). The grid is clipped where that lowers the layer's output
     error. A layer that does not gain against rounding is rounded, and its verdict says so. Legal
-    for the linears that rounding takes; nothing is folded, so every layer can be treated. Pays in
-    quality, most at 3 bits, at the size and speed of plain rounding.
+    for the linears and experts that rounding takes; nothing is folded, so every layer can be
+    treated. An expert has the Hessian of the tokens that it saw; one that saw too few is rounded.
+    Pays in quality, most at 3 bits, at the size and speed of plain rounding.
     """
 
     name = "quantize-gptq"
@@ -106,15 +136,17 @@ class QuantizeGptq(Pass):
     Options = GptqOptions
 
     def expect(self, program: Program) -> int | None:
-        """One match a linear module of the traced tree; a fused linear counts as its parts."""
-        return program.facts.module_counts.get("linear")
+        """One match a linear module or layer of experts of the traced tree."""
+        return expected(program)
 
     def run(self, program: Program, options: GptqOptions) -> PassResult:
         if options.source is None or not options.samples:
             raise UserError("gptq needs calibration text and the checkpoint; use rtn without them")
         linears = find_linears(program, options.spec)
         groups = find_groups(program, linears)
-        choices = calibrate(program, groups, Gptq(options.damping), options)
+        method = Gptq(options.damping)
+        layers = ExpertLayers(program, options.spec, method, options)
+        choices = calibrate(program, groups, method, options, layers)
 
         def rewrite(linear: Linear, result: PassResult) -> Verdict:
             choice = choices.pop(linear.weight)
@@ -131,7 +163,7 @@ class QuantizeGptq(Pass):
                 reason="; ".join(notes) or None,
             )
 
-        return rewrite_each(program, linears, rewrite)
+        return rewrite_each(program, linears, rewrite, layers)
 
 
 def _search(
@@ -168,12 +200,17 @@ def _diagonal_blocks(hessian: torch.Tensor, groups: int) -> torch.Tensor:
 def _put(program: Program, linear: Linear, found: GptqFound) -> None:
     """The found weights as values of the plan, and the operator that reads them."""
     packed = {"qweight": found.qweight, "scales": found.scales, "zeros": found.zeros}
-    given = [program.weights.put(f"{linear.weight}.{k}.found", v) for k, v in packed.items()]
-    outputs = [f"{linear.weight}.{field}" for field in packed]
-    operation = f"take_{linear.scheme.format}"
-    replace_linear(
-        program, linear, program.weights.add(operation, outputs, [linear.weight, *given])
-    )
+    names = _planned(program, linear.scheme.format, linear.weight, packed)
+    replace_linear(program, linear, names)
+
+
+def _planned(
+    program: Program, format: str, weight: str, packed: Mapping[str, torch.Tensor]
+) -> tuple[str, ...]:
+    """Planned names of the values found for `weight`."""
+    given = [program.weights.put(f"{weight}.{k}.found", v) for k, v in packed.items()]
+    outputs = [f"{weight}.{field}" for field in packed]
+    return program.weights.add(f"take_{format}", outputs, [weight, *given])
 
 
 def _take_operation(bits: int) -> None:
