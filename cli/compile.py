@@ -23,7 +23,9 @@ Names = Optional[list[str]]  # noqa: UP045
 def command(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the artifact.")],
-    quant: Annotated[str, typer.Option(help="none, rtn, awq, gptq, smoothquant or fp8.")] = "none",
+    quant: Annotated[
+        str, typer.Option(help="none, rtn, awq, gptq, smoothquant, fp8 or mixed.")
+    ] = "none",
     format: Annotated[OptionalStr, typer.Option(help="int4, int8, int3, int2 or fp8.")] = None,
     group_size: Annotated[
         OptionalInt, typer.Option(help="Weights that share a scale; 0 is a whole row.")
@@ -36,6 +38,9 @@ def command(
     ] = None,
     activations: Annotated[
         OptionalStr, typer.Option(help="smoothquant, fp8: dynamic (a scale a token) or static.")
+    ] = None,
+    bits: Annotated[
+        OptionalFloat, typer.Option(help="mixed's budget: bits a weight, scales included (4.5).")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bf16, fp16, fp32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -85,6 +90,7 @@ def command(
             kv_cache=kv_cache,
             alpha=alpha,
             activations=activations,
+            bits=bits,
             dtype=dtype,
             device=device,
             calib=calib,

@@ -27,7 +27,7 @@ def command(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Sequences at once.")] = 1,
     quant: Annotated[
-        str, typer.Option("--quant", help="none, rtn, awq, gptq, smoothquant or fp8.")
+        str, typer.Option("--quant", help="none, rtn, awq, gptq, smoothquant, fp8 or mixed.")
     ] = "none",
     format: Annotated[
         Optional[str],  # noqa: UP045
@@ -47,6 +47,10 @@ def command(
     activations: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--activations", help="dynamic or static.", show_default=False),
+    ] = None,
+    bits: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--bits", help="mixed's budget: bits a weight (4.5).", show_default=False),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32.")] = "auto",
     trust_remote_code: Annotated[
@@ -70,6 +74,7 @@ def command(
         kv_cache=kv_cache,
         alpha=alpha,
         activations=activations,
+        bits=bits,
         dtype=dtype,
     )
     if as_json:

@@ -32,6 +32,7 @@ class CompileOptions:
     kv_cache: str = "auto"
     alpha: float | None = None
     activations: str | None = None
+    bits: float | None = None
     dtype: str = "auto"
     device: str = "cpu"
     calib: str = "builtin"
@@ -77,7 +78,7 @@ class CompileOptions:
         extra: dict[str, Any] = {"format": self.format} if self.format else {}
         if self.group_size is not None:
             extra["group_size"] = self.group_size
-        extra |= {"alpha": self.alpha, "activations": self.activations or ""}
+        extra |= {"alpha": self.alpha, "activations": self.activations or "", "bits": self.bits}
         object.__setattr__(self, "spec", QuantSpec(self.quant, **extra))
         text = None if self.gate_text is None else Path(self.gate_text)
         object.__setattr__(self, "gate", Gate(self.max_kl, self.max_ppl_ratio, text))

@@ -36,7 +36,8 @@ from smelt.models.config import load_config, max_positions
 from smelt.models.folder import read_json, resolve
 from smelt.models.quantized import Quantization, describe
 from smelt.models.skeleton import build
-from smelt.passes.quantize.spec import FORMATS, QuantSpec, Scheme
+from smelt.passes.quantize.formats import packed_bytes
+from smelt.passes.quantize.spec import QuantSpec, Scheme
 from smelt.runtime import machine
 from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.ops.cache_format import row_bytes
@@ -250,16 +251,26 @@ def weights_bytes(skeleton: nn.Module, spec: QuantSpec) -> tuple[int, int]:
     for name, module, n, k in linears(skeleton):
         if min(n, k) >= spec.min_features:
             weight: Any = module.weight
-            saved += weight.numel() * weight.element_size() - quantized(n, k, spec.scheme(name))
+            saved += weight.numel() * weight.element_size() - _stored_as(n, k, spec, name)
     for name, module in skeleton.named_modules():
         matrices = _matrices(module)
         if matrices and min(weight.shape[2] for weight in matrices) >= spec.min_features:
-            # Inputs of experts stay as they are, so that int8 has the form without activations.
-            scheme = replace(spec.scheme(name), activations="none")
             for weight in matrices:
                 experts, n, k = weight.shape
-                saved += weight.numel() * weight.element_size() - experts * quantized(n, k, scheme)
+                saved += weight.numel() * weight.element_size()
+                saved -= experts * _stored_as(n, k, spec, name, experts=True)
     return plain, plain - saved
+
+
+def _stored_as(n: int, k: int, spec: QuantSpec, name: str, experts: bool = False) -> int:
+    """Bytes of one linear; of mixed its share of the budget, which holds for all together.
+
+    experts: their inputs stay as they are, so that int8 has the form without activations.
+    """
+    if spec.bits is not None:
+        return int(n * k * spec.bits / 8)
+    scheme = spec.scheme(name)
+    return packed_bytes(n, k, replace(scheme, activations="none") if experts else scheme)
 
 
 def stored_bytes(skeleton: nn.Module, stored: Quantization) -> int:
@@ -271,21 +282,9 @@ def stored_bytes(skeleton: nn.Module, stored: Quantization) -> int:
         if form is None or form.kind != "int" or (form.bits == 8 and not form.symmetric):
             continue
         weight: Any = module.weight
-        packed = quantized(n, k, Scheme(f"int{form.bits}", form.group))
+        packed = packed_bytes(n, k, Scheme(f"int{form.bits}", form.group))
         total += packed - weight.numel() * weight.element_size()
     return total
-
-
-def quantized(n: int, k: int, scheme: Scheme) -> int:
-    """Bytes of a linear of N rows and K features in canonical packed form."""
-    groups = scheme.groups(k)
-    form = FORMATS[scheme.format]
-    if scheme.format == "fp8":
-        size = scheme.group_size
-        return n * k + 4 * (-(-n // size) * -(-k // size) if size else n)
-    if scheme.activations != "none":
-        return n * (k + 4)
-    return n * (-(-k * form.bits // 8) + (2 if form.symmetric else 3) * groups)
 
 
 def linears(skeleton: Any) -> list[tuple[str, nn.Module, int, int]]:

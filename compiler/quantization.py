@@ -13,10 +13,12 @@ from smelt.passes.quantize import (
     Fp8Options,
     GptqOptions,
     KeepQuantized,
+    MixedOptions,
     PrequantizedOptions,
     QuantizeAwq,
     QuantizeFp8,
     QuantizeGptq,
+    QuantizeMixed,
     QuantizeRtn,
     QuantizeSmoothQuant,
     QuantSpec,
@@ -36,6 +38,7 @@ METHODS: dict[str, type[Pass]] = {
     "gptq": QuantizeGptq,
     "smoothquant": QuantizeSmoothQuant,
     "fp8": QuantizeFp8,
+    "mixed": QuantizeMixed,
 }
 # Options of the methods that may run text through the model.
 _CALIBRATED: dict[str, type[CalibrationOptions]] = {
@@ -43,6 +46,7 @@ _CALIBRATED: dict[str, type[CalibrationOptions]] = {
     "gptq": GptqOptions,
     "smoothquant": SmoothQuantOptions,
     "fp8": Fp8Options,
+    "mixed": MixedOptions,
 }
 
 

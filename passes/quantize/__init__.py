@@ -6,6 +6,7 @@ from .awq import AwqOptions, QuantizeAwq
 from .calibrate import CalibrationOptions
 from .fp8 import Fp8Options, QuantizeFp8
 from .gptq import GptqOptions, QuantizeGptq
+from .mixed import MixedOptions, QuantizeMixed
 from .prequantized import KeepQuantized, PrequantizedOptions
 from .rtn import QuantizeRtn, RtnOptions
 from .smoothquant import QuantizeSmoothQuant, SmoothQuantOptions
@@ -17,11 +18,13 @@ __all__ = [
     "Fp8Options",
     "GptqOptions",
     "KeepQuantized",
+    "MixedOptions",
     "PrequantizedOptions",
     "QuantSpec",
     "QuantizeAwq",
     "QuantizeFp8",
     "QuantizeGptq",
+    "QuantizeMixed",
     "QuantizeRtn",
     "QuantizeSmoothQuant",
     "RtnOptions",

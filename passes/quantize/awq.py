@@ -16,7 +16,7 @@ from smelt.runtime.errors import SmeltError, UserError
 from .awq_search import Scale, output_error, search_clip, search_scale
 from .calibrate import CalibrationOptions, Statistics, calibrate
 from .expert_layers import ExpertLayers
-from .experts import Experts
+from .experts import Experts, find_experts
 from .experts import to_quantized as experts_to_quantized
 from .fold import fold
 from .formats import check_finite, fake_quantize
@@ -177,7 +177,8 @@ class QuantizeAwq(Pass):
             raise UserError("awq needs calibration text and the checkpoint; use rtn without them")
         linears = find_linears(program, options.spec)
         groups = find_groups(program, linears)
-        layers = ExpertLayers(program, options.spec, Awq(), options, EXPERTS_REMARK)
+        experts = find_experts(program, options.spec)
+        layers = ExpertLayers(program, experts, "awq", Awq(), options, EXPERTS_REMARK)
         choices = calibrate(program, groups, Awq(), options, layers)
         scales = {g.linears[0].weight: choices[g.linears[0].weight].scale for g in groups}
         applied = fold(program, [(g, scales[g.linears[0].weight]) for g in groups])

@@ -178,11 +178,11 @@ def calibrate(
     assert options.source is not None
     limit = program.facts.max_position
     samples = [sample[:limit] for sample in options.samples]
-    keep = _sampled_rows([len(sample) for sample in samples], options.max_rows, options.seed)
+    keep = sampled_rows([len(sample) for sample in samples], options.max_rows, options.seed)
     layers = [e for e in experts.found if e.reason is None] if experts is not None else []
     run = GraphRun(program, options.source, [*groups, *layers], samples)
     report = options.progress or (lambda *_: None)
-    journal = options.journal(_digest(program, method, options)) if options.journal else None
+    journal = options.journal(digest(program, repr(method), options)) if options.journal else None
     everything: dict[str, Found] = {}
 
     def find(
@@ -216,13 +216,13 @@ def calibrate(
     return everything
 
 
-def _digest(program: Program, method: Method[Found], options: CalibrationOptions) -> str:
+def digest(program: Program, settings: str, options: CalibrationOptions) -> str:
     """sha256 over all that the results of a calibration depend on, but for the checkpoint."""
     h = hashlib.sha256(graph_text(program.graph).encode())
     h.update(program.weights.digest().encode())
-    settings = [repr(method), options.spec.to_json(), options.max_rows, options.seed]
-    settings.append(options.min_expert_tokens)
-    h.update(json.dumps([*settings, [list(sample) for sample in options.samples]]).encode())
+    others = [settings, options.spec.to_json(), options.max_rows, options.seed]
+    others.append(options.min_expert_tokens)
+    h.update(json.dumps([*others, [list(sample) for sample in options.samples]]).encode())
     return h.hexdigest()
 
 
@@ -244,7 +244,7 @@ def _note(group: Group, found: Sequence[Any], journal: Journal | None) -> None:
             journal[linear.weight] = dict(vars(each))
 
 
-def _sampled_rows(lengths: Sequence[int], limit: int, seed: int) -> list[torch.Tensor]:
+def sampled_rows(lengths: Sequence[int], limit: int, seed: int) -> list[torch.Tensor]:
     """For each sample the tokens to keep: `limit` of all, chosen once."""
     everything = [(i, t) for i, length in enumerate(lengths) for t in range(length)]
     if len(everything) > limit:

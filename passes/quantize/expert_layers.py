@@ -22,11 +22,10 @@ from smelt.runtime.errors import SmeltError
 from smelt.runtime.ops.gated_activation import activate
 
 from .calibrate import CalibrationOptions, Find, Statistics
-from .experts import MATRICES, Experts, find_experts, round_matrix, to_quantized
+from .experts import MATRICES, Experts, round_matrix, to_quantized
 from .formats import check_finite
 from .groups import Group
 from .linears import Linear
-from .spec import QuantSpec
 from .verdict import Verdict
 
 # Rows that go into the statistics at a time.
@@ -78,19 +77,21 @@ class _Layer:
 class ExpertLayers:
     """The layers of experts of a program and one method's run over them.
 
-    method: how one expert is searched; None rounds every expert. remark: part of each verdict.
+    name: the method's, for the verdicts. method: how one expert is searched; None rounds every
+    expert. remark: part of each verdict.
     """
 
     def __init__(
         self,
         program: Program,
-        spec: QuantSpec,
+        found: Sequence[Experts],
+        name: str,
         method: ExpertMethod | None = None,
         options: CalibrationOptions | None = None,
         remark: str | None = None,
     ) -> None:
-        self.found = find_experts(program, spec)
-        self._program, self._method, self._method_name = program, method, spec.method
+        self.found, self._name = found, name
+        self._program, self._method = program, method
         self._options = options or CalibrationOptions()
         self._remark = remark
         self._layers: dict[str, _Layer] = {}
@@ -198,7 +199,7 @@ class ExpertLayers:
         fits = experts.scheme.format == "fp8" or experts.scheme.fits(experts.k)
         return Verdict(
             experts.layer,
-            self._method_name,
+            self._name,
             experts.scheme.format,
             experts.scheme.group_size if fits else 0,
             experts.parameters,

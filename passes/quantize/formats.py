@@ -100,6 +100,18 @@ def fake_quantize(
     return quantize(weight, scheme, clip).dequantize()
 
 
+def packed_bytes(n: int, k: int, scheme: Scheme) -> int:
+    """Bytes of a linear of N rows and K features in canonical packed form."""
+    groups = scheme.groups(k)
+    form = FORMATS[scheme.format]
+    if scheme.format == "fp8":
+        size = scheme.group_size
+        return n * k + 4 * (-(-n // size) * -(-k // size) if size else n)
+    if scheme.activations != "none":
+        return n * (k + 4)
+    return n * (-(-k * form.bits // 8) + (2 if form.symmetric else 3) * groups)
+
+
 def check_finite(weight: torch.Tensor, layer: str) -> None:
     """Raise SmeltError naming the layer for NaN or infinite weights."""
     if weight.is_meta:

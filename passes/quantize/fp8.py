@@ -19,6 +19,7 @@ from smelt.runtime.ops.linear_w8a8 import usable_scale
 
 from .calibrate import CalibrationOptions, Statistics, calibrate
 from .expert_layers import ExpertLayers
+from .experts import find_experts
 from .formats import _prepared, check_finite
 from .graph_run import Replacement
 from .groups import Group, find_groups
@@ -189,7 +190,8 @@ class QuantizeFp8(Pass):
     def run(self, program: Program, options: Fp8Options) -> PassResult:
         spec = options.spec
         linears = find_linears(program, spec)
-        layers = ExpertLayers(program, spec, remark=EXPERTS_REMARK)
+        experts = find_experts(program, spec)
+        layers = ExpertLayers(program, experts, "fp8", remark=EXPERTS_REMARK)
         choices: dict[str, Fp8Found] = {}
         if spec.needs_calibration:
             choices = _calibrated(program, find_groups(program, linears), options, layers)

@@ -19,11 +19,12 @@ from smelt.runtime.ops.packing import pack, unpack
 from .awq_search import search_clip
 from .calibrate import CalibrationOptions, Statistics, calibrate
 from .expert_layers import ExpertLayers
-from .experts import MATRICES, Experts, replace_experts
-from .formats import Quantized, check_finite, quantize
+from .experts import MATRICES, Experts, find_experts, replace_experts
+from .experts import to_quantized as round_experts
+from .formats import Quantized, check_finite, fake_quantize, quantize
 from .gptq_solve import DAMPING, error_of, solve
 from .groups import Group, find_groups
-from .linears import Linear, find_linears, replace_linear
+from .linears import Linear, find_linears, replace_linear, to_quantized
 from .spec import FORMATS, QuantSpec
 from .verdict import Verdict, expected, group_note, group_size, rewrite_each
 
@@ -41,12 +42,13 @@ class GptqOptions(CalibrationOptions):
 class GptqFound:
     """One rounded linear, packed: as in `runtime/ops/packing.py`.
 
-    Errors are relative to the output, over all calibration tokens. note: why it is only rounded.
+    Without qweight, scales and zeros it is rounded to nearest, by a step of the plan. Errors are
+    relative to the output, over all calibration tokens. note: why it is only rounded.
     """
 
-    qweight: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
+    qweight: torch.Tensor | None
+    scales: torch.Tensor | None
+    zeros: torch.Tensor | None
     error_rtn: float
     error: float
     note: str | None = None
@@ -76,6 +78,9 @@ class Gptq:
         """The rounded weights in the model's dtype."""
         chosen = []
         for linear, weight, each in zip(group.linears, weights, found, strict=True):
+            if each.qweight is None or each.scales is None:
+                chosen.append(fake_quantize(weight, linear.scheme).to(weight.dtype))
+                continue
             q = unpack(each.qweight, FORMATS[linear.scheme.format].bits, linear.k)
             chosen.append(Quantized(q, each.scales, each.zeros).dequantize().to(weight.dtype))
         return chosen
@@ -87,7 +92,8 @@ class Gptq:
     def rounded(self, linear: Linear, weight: torch.Tensor) -> GptqFound:
         """Rounded to nearest."""
         made = quantize(weight.float(), linear.scheme)
-        assert made.zeros is not None
+        if made.zeros is None:
+            return GptqFound(None, None, None, 0.0, 0.0)
         q = pack(made.q, FORMATS[linear.scheme.format].bits)
         return GptqFound(q, made.scales, made.zeros, 0.0, 0.0)
 
@@ -95,14 +101,12 @@ class Gptq:
         self, program: Program, experts: Experts, found: Mapping[str, Sequence[GptqFound]]
     ) -> fx.Node:
         """The found weights of all experts, one below the other, as values of the plan."""
+        if FORMATS[experts.scheme.format].symmetric:
+            return round_experts(program, experts)
         names = []
         for matrix, weight in zip(MATRICES, experts.weights, strict=True):
-            every = found[matrix]
-            packed = {
-                "qweight": torch.cat([each.qweight for each in every]),
-                "scales": torch.cat([each.scales for each in every]),
-                "zeros": torch.cat([each.zeros for each in every]),
-            }
+            rows = [_fields(each) for each in found[matrix]]
+            packed = {field: torch.cat([each[field] for each in rows]) for field in rows[0]}
             names.append(_planned(program, experts.scheme.format, weight, packed))
         return replace_experts(program, experts, *names)
 
@@ -143,27 +147,42 @@ class QuantizeGptq(Pass):
         if options.source is None or not options.samples:
             raise UserError("gptq needs calibration text and the checkpoint; use rtn without them")
         linears = find_linears(program, options.spec)
-        groups = find_groups(program, linears)
-        method = Gptq(options.damping)
-        layers = ExpertLayers(program, options.spec, method, options)
-        choices = calibrate(program, groups, method, options, layers)
+        return compensate(program, linears, find_experts(program, options.spec), options)
 
-        def rewrite(linear: Linear, result: PassResult) -> Verdict:
-            choice = choices.pop(linear.weight)
+
+def compensate(
+    program: Program,
+    linears: Sequence[Linear],
+    experts: Sequence[Experts],
+    options: GptqOptions,
+    remark: str | None = None,
+) -> PassResult:
+    """Quantize `linears` and `experts`, each by its own scheme: grouped formats with error
+    compensation, int8 by rounding. remark: part of the experts' verdicts."""
+    groups = find_groups(program, linears)
+    method = Gptq(options.damping)
+    layers = ExpertLayers(program, experts, options.spec.method, method, options, remark)
+    choices = calibrate(program, groups, method, options, layers)
+
+    def rewrite(linear: Linear, result: PassResult) -> Verdict:
+        choice = choices.pop(linear.weight)
+        if choice.qweight is None:
+            to_quantized(program, linear)
+        else:
             _put(program, linear, choice)
-            notes = [note for note in (choice.note, group_note(linear)) if note]
-            return Verdict(
-                linear.layer,
-                "gptq",
-                linear.scheme.format,
-                group_size(linear),
-                linear.parameters,
-                error_rtn=choice.error_rtn,
-                error=choice.error,
-                reason="; ".join(notes) or None,
-            )
+        notes = [note for note in (choice.note, group_note(linear)) if note]
+        return Verdict(
+            linear.layer,
+            "rtn" if choice.qweight is None else "gptq",
+            linear.scheme.format,
+            group_size(linear),
+            linear.parameters,
+            error_rtn=choice.error_rtn,
+            error=choice.error,
+            reason="; ".join(notes) or None,
+        )
 
-        return rewrite_each(program, linears, rewrite, layers)
+    return rewrite_each(program, linears, rewrite, layers)
 
 
 def _search(
@@ -173,17 +192,20 @@ def _search(
     assert statistics.gram is not None
     hessian = statistics.gram[0]
     w = value.float()
-    bits, groups = FORMATS[linear.scheme.format].bits, linear.scheme.groups(linear.k)
+    form, groups = FORMATS[linear.scheme.format], linear.scheme.groups(linear.k)
+    size, bits = error_of(w, hessian) or 1.0, form.bits
     rounded = quantize(w, linear.scheme)
+    error_rtn = error_of(rounded.dequantize() - w, hessian) / size
+    if form.symmetric:
+        little = f"rounded to nearest: at {linear.scheme.format} there is little to win back"
+        return GptqFound(None, None, None, error_rtn, error_rtn, little)
     candidates = [solve(w, hessian, groups, bits, linear.layer, None, damping)]
     clip = search_clip(w, linear.scheme, statistics.rows, _diagonal_blocks(hessian, groups))
     if clip.any():
         candidates.append(solve(w, hessian, groups, bits, linear.layer, clip, damping))
-    size = error_of(w, hessian) or 1.0
     errors = [error_of(found.dequantize() - w, hessian) / size for found in candidates]
-    error_rtn = error_of(rounded.dequantize() - w, hessian) / size
     error, best = min(zip(errors, candidates, strict=True), key=lambda pair: pair[0])
-    note = None
+    note: str | None = None
     if error >= error_rtn:
         error, best, note = error_rtn, rounded, "rounded to nearest: nothing was gained"
     assert best.zeros is not None
@@ -199,9 +221,13 @@ def _diagonal_blocks(hessian: torch.Tensor, groups: int) -> torch.Tensor:
 
 def _put(program: Program, linear: Linear, found: GptqFound) -> None:
     """The found weights as values of the plan, and the operator that reads them."""
-    packed = {"qweight": found.qweight, "scales": found.scales, "zeros": found.zeros}
-    names = _planned(program, linear.scheme.format, linear.weight, packed)
+    names = _planned(program, linear.scheme.format, linear.weight, _fields(found))
     replace_linear(program, linear, names)
+
+
+def _fields(found: GptqFound) -> dict[str, torch.Tensor]:
+    assert found.qweight is not None and found.scales is not None and found.zeros is not None
+    return {"qweight": found.qweight, "scales": found.scales, "zeros": found.zeros}
 
 
 def _planned(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -70,6 +71,26 @@ class GraphRun:
             stop = calls.index(station.node)
             yield calls[start:stop], station
             start = stop
+
+    def rest(self, index: int) -> Iterable[list[fx.Node]]:
+        """The calls from station `index` to the end of the graph, cut as `pieces` cuts them."""
+        calls = [n for n in self.program.graph.nodes if n.op == "call_function"]
+        cuts = [calls.index(station.node) for station in self.stations[index:]]
+        for start, stop in zip(cuts, [*cuts[1:], len(calls)], strict=True):
+            yield calls[start:stop]
+
+    def fork(self) -> GraphRun:
+        """A run of its own from here on: what it computes is not seen by this one."""
+        other = copy.copy(self)
+        other.chosen = dict(self.chosen)
+        other.live = [dict(values) for values in self.live]
+        return other
+
+    def results(self) -> list[torch.Tensor]:
+        """The graph's result of every sample, once all calls have run."""
+        output = next(node for node in self.program.graph.nodes if node.op == "output")
+        (node,) = output.all_input_nodes
+        return [values[node] for values in self.live]
 
     def advance(self, nodes: Sequence[fx.Node]) -> None:
         """Run `nodes` on every sample, then drop what nothing later reads."""

@@ -9,6 +9,7 @@ from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
 
 from .expert_layers import ExpertLayers
+from .experts import find_experts
 from .fp8 import kernel_of, to_fp8
 from .linears import Linear, find_linears, to_quantized
 from .spec import QuantSpec
@@ -72,4 +73,5 @@ class QuantizeRtn(Pass):
             )
 
         linears = find_linears(program, options.spec)
-        return rewrite_each(program, linears, rewrite, ExpertLayers(program, options.spec))
+        layers = ExpertLayers(program, find_experts(program, options.spec), "rtn")
+        return rewrite_each(program, linears, rewrite, layers)

@@ -15,6 +15,7 @@ from smelt.runtime.errors import SmeltError, UserError
 from .awq_search import Scale
 from .calibrate import CalibrationOptions, Statistics, calibrate
 from .expert_layers import ExpertLayers
+from .experts import find_experts
 from .fold import fold
 from .formats import check_finite
 from .graph_run import Replacement
@@ -142,7 +143,8 @@ class QuantizeSmoothQuant(Pass):
             if linear.reason is None:
                 check_width(linear)
         groups = find_groups(program, linears)
-        layers = ExpertLayers(program, spec, remark=EXPERTS_REMARK)
+        experts = find_experts(program, spec)
+        layers = ExpertLayers(program, experts, "smoothquant", remark=EXPERTS_REMARK)
         choices: dict[str, SmoothQuantFound] = {}
         applied: dict[str, dict[str, str]] = {}
         if spec.needs_calibration:

@@ -43,15 +43,16 @@ METHODS: dict[str, tuple[str, ...]] = {
     "gptq": ("int4", "int3"),
     "smoothquant": ("int8",),
     "fp8": ("fp8",),
+    "mixed": ("mixed",),
 }
-_NEEDS_TEXT = {"awq", "gptq"}
+_NEEDS_TEXT = {"awq", "gptq", "mixed"}
 # Methods whose layers quantize their input, too: per token as it comes, or with one scale found by
 # calibration.
 _ACTIVATIONS = {"smoothquant": ("dynamic", "static"), "fp8": ("dynamic", "static")}
 FP8_BLOCK = 128
-_NOT_YET = {
-    "mixed": "awq",
-}
+# Of mixed: the budget when none is given, and what its formats allow (`mixed.py`).
+DEFAULT_BITS = 4.5
+BITS = (2.75, 16.0)
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,15 @@ class QuantSpec:
     min_features: int = 16
     alpha: float | None = None
     activations: str = ""
+    bits: float | None = None
 
     def __post_init__(self) -> None:
         if not self.format:
             object.__setattr__(self, "format", (METHODS.get(self.method) or ("int4",))[0])
         _check_method(self.method, self.format)
+        _check_bits(self.method, self.bits, self.group_size)
+        if self.method == "mixed" and self.bits is None:
+            object.__setattr__(self, "bits", DEFAULT_BITS)
         _check_activations(self.method, self.format, self.activations, self.group_size)
         _check_group_size(self.group_size, self.format)
         _check_alpha(self.method, self.alpha)
@@ -116,7 +121,8 @@ class QuantSpec:
             if role not in ROLES:
                 raise UserError(f"quantization: no role {role!r} to keep; {', '.join(ROLES)} exist")
         if self.group_size is None:
-            object.__setattr__(self, "group_size", FORMATS[self.format].group)
+            form = FORMATS.get(self.format)
+            object.__setattr__(self, "group_size", form.group if form else 0)
         elif self.group_size == -1:
             object.__setattr__(self, "group_size", 0)
 
@@ -127,7 +133,8 @@ class QuantSpec:
         return self.method in _NEEDS_TEXT or searched or self.activations == "static"
 
     def scheme(self, layer: str) -> Scheme:
-        """The scheme of the linear at module path `layer`; the same for all of them so far."""
+        """The scheme of the linear at module path `layer`: the same for all, but for mixed, whose
+        choice is made on the way."""
         assert self.group_size is not None
         return Scheme(self.format, self.group_size, self.activations)
 
@@ -135,6 +142,8 @@ class QuantSpec:
         """One word for tables and file names: "awq-int4-g128", "rtn-int8", "fp8-static", "none"."""
         if self.method == "none":
             return "none"
+        if self.method == "mixed":
+            return f"mixed-{self.bits:g}"
         name = self.method if self.method == self.format else f"{self.method}-{self.format}"
         group = f"-g{self.group_size}" if self.group_size else ""
         alpha = f"-a{self.alpha:g}" if self.alpha is not None else ""
@@ -220,12 +229,15 @@ class QuantSpec:
 
 
 def _check_method(method: str, format: str) -> None:
-    if method in _NOT_YET:
-        raise UserError(
-            f"quantization method {method} is not supported yet; the nearest is {_NOT_YET[method]}"
-        )
     if method not in METHODS:
         raise UserError(f"no quantization method {method!r}; {', '.join(METHODS)} exist")
+    if method == "mixed":
+        if format != "mixed":
+            raise UserError(
+                f"mixed chooses every layer's format itself, not {format}; leave --format out, or "
+                f"use gptq for {format} everywhere"
+            )
+        return
     if format not in FORMATS:
         raise UserError(f"no weight format {format!r}; {', '.join(FORMATS)} exist")
     if method in _ACTIVATIONS and format not in METHODS[method]:
@@ -243,6 +255,23 @@ def _check_method(method: str, format: str) -> None:
         raise UserError(
             f"{method} works with {', '.join(METHODS[method])}, not {format}: {why}; use rtn with "
             f"{format}, or {method} with {METHODS[method][-1]}"
+        )
+
+
+def _check_bits(method: str, bits: float | None, size: int | None) -> None:
+    if method != "mixed":
+        if bits is not None:
+            raise UserError(f"--bits is mixed's budget; {method} takes --format and --group-size")
+        return
+    if size not in (None, 0, -1):
+        raise UserError(
+            f"group size {size}: mixed chooses every layer's group size itself; leave --group-size "
+            "out, or use gptq for one size everywhere"
+        )
+    if bits is not None and not BITS[0] <= bits <= BITS[1]:
+        raise UserError(
+            f"--bits {bits:g}: mixed's formats take from {BITS[0]:g} bits a weight (int2 in groups "
+            f"of 32, with their scales) to {BITS[1]:g} (left as they are)"
         )
 
 

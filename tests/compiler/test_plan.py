@@ -191,7 +191,8 @@ def test_configurations_of_real_models(data: Callable[[str], Path]) -> None:
     ("options", "words"),
     [
         ({"quant": "awq", "format": "int8"}, "use rtn with int8"),
-        ({"quant": "mixed"}, "not supported yet"),
+        ({"quant": "mixed", "bits": 2.0}, "from 2.75 bits"),
+        ({"quant": "rtn", "bits": 4.5}, "rtn takes --format"),
         ({"quant": "rtn", "group_size": 7}, "multiple of 8"),
         ({"quant": "smoothquant", "format": "int4"}, "leave --format out"),
         ({"quant": "smoothquant", "group_size": 64}, "use rtn with int8 for groups"),

@@ -43,6 +43,8 @@ SPECS = {
     "rtn-fp8": QuantSpec("rtn", "fp8"),
     "awq-int4": QuantSpec("awq", "int4", 32),
     "gptq-int3": QuantSpec("gptq", "int3", 32),
+    "mixed-int4": QuantSpec("mixed", bits=4.5),
+    "mixed-int8": QuantSpec("mixed", bits=9.0),
     "smoothquant": QuantSpec("smoothquant"),
     "smoothquant-plain": QuantSpec("smoothquant", alpha=0.0),
     "fp8": QuantSpec("fp8"),
@@ -91,7 +93,7 @@ def test_every_method_leaves_only_the_router(family: str, name: str) -> None:
     (node,) = program.calls(smelt.experts_quantized.default)
     assert node.args[9:] == (
         "silu",
-        spec.format,
+        name.split("-")[1] if spec.method == "mixed" else spec.format,
         EXPERTS,
         spec.group_size if name == "fp8-blocks" else 0,
     )
@@ -202,17 +204,16 @@ def test_the_fewest_tokens_grow_with_the_width() -> None:
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_an_expert_without_a_token_is_rounded(method: str) -> None:
     program = copy_of(model())
-    layers = ExpertLayers(
-        program, QuantSpec(method, "int4", 32), Awq() if method == "awq" else Gptq()
-    )
+    search = Awq() if method == "awq" else Gptq()
+    found = find_experts(program, QuantSpec(method, "int4", 32))
+    layers = ExpertLayers(program, found, method, search)
     (experts,) = layers.found
     index = torch.zeros(50, 1, dtype=torch.int64)
     weights = [torch.randn(EXPERTS, 192, 64), torch.randn(EXPERTS, 64, 96)]
-    search = layers._method
 
     def find(group: Any, given: Any, look: Any) -> Any:
-        found = search.search(group, given, look())  # type: ignore[union-attr]
-        return found, search.go_on(group, given, found)  # type: ignore[union-attr]
+        found = search.search(group, given, look())
+        return found, search.go_on(group, given, found)
 
     gate_up, down = layers.search(experts, torch.randn(50, 64), index, weights, find)
     scheme = Scheme("int4", 32)

@@ -12,7 +12,13 @@ from helpers.tiny import Subject
 
 from smelt.compiler.weights import ModuleSource
 from smelt.passes.base import Pass
-from smelt.passes.quantize import QuantizeAwq, QuantizeGptq, QuantizeRtn, QuantSpec
+from smelt.passes.quantize import (
+    QuantizeAwq,
+    QuantizeGptq,
+    QuantizeMixed,
+    QuantizeRtn,
+    QuantSpec,
+)
 
 PASSES: dict[str, Pass] = {"rtn": QuantizeRtn(), "awq": QuantizeAwq(), "gptq": QuantizeGptq()}
 # Per layer: fused q/k/v, o, fused gate/up, down. The head stays.
@@ -56,4 +62,22 @@ def test_every_linear_but_the_head_is_packed(method: str, form: str, subject: Su
         declined=["lm_head"],
         options=options(method, form, subject),
         golden=f"quantize-{method}_layer" if form == "int4" else None,
+    )
+
+
+def test_mixed_packs_each_layer_in_its_own_format(subject: Subject) -> None:
+    check_pass(
+        subject,
+        QuantizeMixed(),
+        before={"aten.linear": LINEARS + 1},
+        after={"aten.linear": 1},
+        matched=8,
+        rewritten=7,
+        declined=["lm_head"],
+        options={
+            "spec": QuantSpec("mixed", bits=6.0),
+            "samples": random_ids(4, 32, seed=3),
+            "source": subject.source,
+        },
+        golden="quantize-mixed_layer",
     )

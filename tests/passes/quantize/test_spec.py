@@ -13,9 +13,10 @@ from smelt.runtime.errors import UserError
 def test_every_offered_combination_is_accepted_and_survives_json() -> None:
     for method, formats in METHODS.items():
         for form in formats:
-            rows_only = {"smoothquant": (None, 0, -1), "fp8": (None, 0, -1, 128)}
+            own = (None, 0, -1)
+            rows_only = {"smoothquant": own, "mixed": own, "fp8": (None, 0, -1, 128)}
             if form == "fp8":
-                rows_only["rtn"] = (None, 0, -1)
+                rows_only["rtn"] = own
             for group in rows_only.get(method, (None, 0, -1, 32, 64, 128)):
                 spec = QuantSpec(method, form, group)
                 again = QuantSpec.from_json(json.loads(json.dumps(spec.to_json())))
@@ -92,9 +93,28 @@ def test_methods_choose_their_own_format_and_activations() -> None:
     assert all(found == expected for found, expected in labels.items())
 
 
+def test_mixed_has_a_budget_and_nothing_else_to_choose() -> None:
+    spec = QuantSpec("mixed")
+    assert (spec.bits, spec.label(), spec.needs_calibration) == (4.5, "mixed-4.5", True)
+    assert QuantSpec.from_json(spec.to_json()) == spec
+    assert QuantSpec("mixed", bits=3.5).label() == "mixed-3.5"
+    for fields, expected in (
+        ({"method": "mixed", "format": "int4"}, "leave --format out, or use gptq for int4"),
+        ({"method": "mixed", "group_size": 64}, "leave --group-size out"),
+        ({"method": "mixed", "bits": 2.0}, "from 2.75 bits a weight"),
+        ({"method": "mixed", "bits": 17.0}, "to 16"),
+        ({"method": "awq", "bits": 4.5}, "awq takes --format"),
+        ({"method": "gptq", "format": "mixed"}, "no weight format 'mixed'"),
+    ):
+        with pytest.raises(UserError) as error:
+            QuantSpec(**fields)  # type: ignore[arg-type]
+        assert expected in str(error.value)
+
+
 def test_text_is_needed_where_activations_are_measured() -> None:
     needy = [
         QuantSpec("awq"),
+        QuantSpec("mixed", bits=3.0),
         QuantSpec("smoothquant"),
         QuantSpec("smoothquant", alpha=0.5),
         QuantSpec("smoothquant", alpha=0.0, activations="static"),
