@@ -116,7 +116,7 @@ class ExpertLayers:
             )
         tokens = torch.bincount(index.flatten(), minlength=experts.count).tolist()
         asked = self._options.min_expert_tokens
-        layer = _Layer(tokens, least_tokens(experts.k) if asked is None else asked)
+        layer = _Layer(tokens, least_tokens(experts.k) if asked is None else max(1, asked))
         self._layers[experts.layer] = layer
         going_on = torch.empty_like(weights[0]), torch.empty_like(weights[1])
         for e in range(experts.count):

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
+from smelt.runtime.ops import packing
 from smelt.runtime.ops.gated_activation import ACTIVATIONS, activate
 from smelt.runtime.ops.linear import GROUPED_BITS
 from smelt.runtime.ops.packing import (
@@ -232,6 +233,17 @@ def test_grouped_layouts_go_there_and_back(n: int, k: int, group: int, bits: int
     kernel = getattr(smelt, f"linear_int{bits}_blocked")(x, *blocked, bias, n)
     for found in (canonical, kernel):
         torch.testing.assert_close(found, F.linear(x, weight, bias), atol=1e-3, rtol=1e-3)
+
+
+def test_many_rows_are_laid_out_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k, bits = 100, 32, 4
+    q = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    scales, zeros = torch.rand(n, 2).bfloat16(), torch.randint(0, 16, (n, 2), dtype=torch.uint8)
+    want = block(q, scales, zeros, bits, k)
+    monkeypatch.setattr(packing, "AT_ONCE", 32)
+    found = block(q, scales, zeros, bits, k)
+    assert all(map(torch.equal, found, want))
+    assert all(map(torch.equal, unblock(*found, bits, n, k), (q, scales, zeros)))
 
 
 @pytest.mark.parametrize(("n", "k", "group"), [(16, 32, 8), (20, 24, 24), (33, 6, 6)])

@@ -27,6 +27,7 @@ from smelt.passes.dialect import verify
 from smelt.passes.program import Dialect, Program
 from smelt.passes.quantize import QuantizeGptq, QuantSpec
 from smelt.passes.quantize.awq import EXPERTS_REMARK, Awq
+from smelt.passes.quantize.calibrate import CalibrationOptions
 from smelt.passes.quantize.expert_layers import ExpertLayers, least_tokens
 from smelt.passes.quantize.experts import check_scales, find_experts
 from smelt.passes.quantize.formats import fake_quantize
@@ -206,7 +207,8 @@ def test_an_expert_without_a_token_is_rounded(method: str) -> None:
     program = copy_of(model())
     search = Awq() if method == "awq" else Gptq()
     found = find_experts(program, QuantSpec(method, "int4", 32))
-    layers = ExpertLayers(program, found, method, search)
+    options = CalibrationOptions(min_expert_tokens=0)
+    layers = ExpertLayers(program, found, method, search, options)
     (experts,) = layers.found
     index = torch.zeros(50, 1, dtype=torch.int64)
     weights = [torch.randn(EXPERTS, 192, 64), torch.randn(EXPERTS, 64, 96)]
