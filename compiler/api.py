@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from smelt import __version__
 from smelt.models.config import eos_ids
 from smelt.models.skeleton import fake_parameters
+from smelt.passes.dialect import smelt_name
 from smelt.passes.program import Program
 from smelt.passes.weights import Step
 from smelt.runtime import manifest as manifests
@@ -274,10 +275,11 @@ def _bytes_per_token(program: Program) -> int:
 def _share_read(weight: fx.Node) -> float:
     """Of a layer's experts, one token reads those its router chose; of other weights, all."""
     for user in weight.users:
-        if user.target is torch.ops.smelt.experts.default and weight in user.args[3:5]:
-            chosen: Any = user.args[1]
-            stored: Any = user.args[3]
-            return float(chosen.meta["val"].shape[-1] / stored.meta["val"].shape[0])
+        name, args = smelt_name(user), cast(Any, user.args)
+        if name in ("experts", "experts_dense") and weight in args[3:5]:
+            return float(args[1].meta["val"].shape[-1] / args[3].meta["val"].shape[0])
+        if name in ("experts_quantized", "experts_quantized_blocked") and weight in args[3:9]:
+            return float(args[1].meta["val"].shape[-1] / args[11])
     return 1.0
 
 

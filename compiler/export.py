@@ -153,6 +153,7 @@ class _Weights:
             elif origin.field != "weight":
                 fields.setdefault(origin.parts, {})[origin.field] = name
         self.quantized = fields
+        self.experts = {part.name for parts in fields for part in parts if part.experts}
         self.count = sum(len(o.parts) for o in self._origins.values() if o.field == "weight")
         self.count += sum(len(parts) for parts in fields)
         self.linears = sum(isinstance(m, nn.Linear) for m in self.model.modules())
@@ -162,13 +163,13 @@ class _Weights:
         self._written: set[str] = set()
 
     def schemes(self) -> dict[str, Scheme | None]:
-        """How each quantized module could be stored; None where its features are out of order."""
+        """How each quantized module could be stored; None where it has to be dequantized."""
         found: dict[str, Scheme | None] = {}
         for parts, names in self.quantized.items():
-            k, groups = parts[0].shape[1], int(self._shapes[names["scales"]][1])
+            k, groups = parts[0].shape[-1], int(self._shapes[names["scales"]][1])
             zeros = "zeros" in names
             scheme = Scheme(4 if zeros else 8, not zeros, 0 if groups == 1 else k // groups)
-            plain = any(p.name in self._orders or p.turned for p in parts)
+            plain = any(p.name in self._orders or p.turned or p.experts for p in parts)
             found |= {p.name.removesuffix(".weight"): None if plain else scheme for p in parts}
         return found
 
@@ -207,17 +208,20 @@ class _Weights:
         found = {field: self._source.tensor(name) for field, name in names.items()}
         q, zeros = found["qweight"], found.get("zeros")
         if zeros is not None:
-            q = unpack(q, 4, parts[0].shape[1])
+            q = unpack(q, 4, parts[0].shape[-1])
         order = next((self._orders[p.name] for p in parts if p.name in self._orders), None)
         columns = None if order is None else self._source.tensor(order)
         whole = _Packed(q, found["scales"], zeros, columns)
         start = 0
         for part in parts:
-            rows = whole.rows(start, start + part.shape[0])
-            start += part.shape[0]
+            rows = whole.rows(start, start + part.rows)
+            start += part.rows
             name = self._once(part.name)
-            # A linear that the module stores turned round has no packed form elsewhere.
-            yield name, rows.dequantize().T.to(self.dtype) if part.turned else rows
+            # Experts, and a linear that is stored turned round, have no packed form elsewhere.
+            if part.experts:
+                yield name, rows.dequantize().view(part.shape).to(self.dtype)
+            else:
+                yield name, rows.dequantize().T.to(self.dtype) if part.turned else rows
 
     def _once(self, name: str) -> str:
         name = self._tied.get(name, name)
@@ -282,7 +286,12 @@ def _chosen(weights: _Weights) -> dict[str, Scheme]:
 def _notes(weights: _Weights, kept: dict[str, Scheme]) -> list[str]:
     notes = []
     for name, scheme in weights.schemes().items():
-        if scheme is None:
+        if name in weights.experts:
+            notes.append(
+                f"{name}: written dequantized; transformers holds a layer's experts as one "
+                "parameter, which compressed-tensors does not load"
+            )
+        elif scheme is None:
             notes.append(
                 f"{name}: written dequantized; its groups hold features out of order, which "
                 "compressed-tensors does not load"

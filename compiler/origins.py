@@ -8,6 +8,7 @@ model's configuration, so that an artifact can be exported without the checkpoin
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,20 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter of the model. shape: of the weight [N, K] as a linear reads it, or its own.
-    turned: the parameter is stored [K, N]."""
+    """A parameter of the model. shape: of the weight [N, K] as a linear reads it, or its own, which
+    of experts is [E, N, K]. turned: the parameter is stored [K, N]."""
 
     name: str
     shape: tuple[int, ...]
     turned: bool = False
+
+    @property
+    def experts(self) -> bool:
+        return len(self.shape) == 3
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class _Reader:
     def _field(self, step: Step, name: str) -> str:
         if step.op == "cat" and name not in self.parameters:
             return self._field(self.made[step.inputs[0]], step.inputs[0])
-        fields = _FIELDS.get(step.op)
+        fields = _FIELDS.get(_operation(step))
         return fields[step.outputs.index(name)] if fields else "weight"
 
     def parts(self, name: str) -> list[Part] | None:
@@ -112,7 +121,7 @@ class _Reader:
             return found
         if step.op == "transpose":
             return self._turned(step.inputs[0])
-        if step.op in _SAME or step.op in _FIELDS or step.op == "sort_features":
+        if step.op in _SAME or _operation(step) in _FIELDS or step.op == "sort_features":
             return self.parts(step.inputs[0])
         return None
 
@@ -122,6 +131,11 @@ class _Reader:
             return None
         part = below[0]
         return [Part(part.name, part.shape[::-1], not part.turned)]
+
+
+def _operation(step: Step) -> str:
+    """A step's operation; for experts that of the format each of them is quantized to."""
+    return f"quantize_{step.args['format']}" if step.op == "quantize_experts" else step.op
 
 
 def save(program: Program, model: nn.Module, config: Any, folder: Path) -> None:

@@ -4,8 +4,8 @@
                  the method quantizes counts its bits a weight with a bfloat16 scale and a byte of
                  zero point a group (int4, int3, int2), or 8 bits with a bfloat16 scale a group or
                  row (int8; a float32 scale a row for smoothquant and fp8, or one for 128 x 128
-                 weights). Embeddings, the logits' linear, routers and experts keep the model's
-                 dtype.
+                 weights). Experts count likewise, each of their matrices by itself. Embeddings,
+                 the logits' linear and routers keep the model's dtype.
     KV cache     2 x key/value heads x head size x bytes for every layer and token, in whole blocks;
                  a layer with a sliding window needs no more tokens than its window. Quantized, a
                  head's row takes 1 byte a value and 4 more (int8), half a byte and 4 (int4), or 1
@@ -24,7 +24,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,8 @@ def plan(
         refuse_another(stored, settings.spec, model)
         packed, label = stored_bytes(skeleton, stored), stored.label()
         notes.append(f"the checkpoint is quantized ({label}) and compiled as it is")
-    if settings.spec.method != "none" and any(_is_experts(m) for m in skeleton.modules()):
-        notes.append("experts stay unquantized: smelt does not quantize them yet")
+        if any(_is_experts(module) for module in skeleton.modules()):
+            notes.append(f"experts count as {str(dtype).removeprefix('torch.')}: dequantized")
     per_layer = kv_bytes_per_layer(config, dtype, settings.kv_cache)
     tokens = [_held(ctx, window, settings.block_size) for window in layer_windows(config)]
     kv_bytes = batch * sum(b * t for b, t in zip(per_layer, tokens, strict=True))
@@ -252,14 +252,25 @@ def weights_bytes(skeleton: nn.Module, spec: QuantSpec) -> tuple[int, int]:
         if min(n, k) >= spec.min_features:
             weight: Any = module.weight
             saved += weight.numel() * weight.element_size() - _stored_as(n, k, spec, name)
+    for name, module in skeleton.named_modules():
+        matrices = _matrices(module)
+        if matrices and min(weight.shape[2] for weight in matrices) >= spec.min_features:
+            for weight in matrices:
+                experts, n, k = weight.shape
+                saved += weight.numel() * weight.element_size()
+                saved -= experts * _stored_as(n, k, spec, name, experts=True)
     return plain, plain - saved
 
 
-def _stored_as(n: int, k: int, spec: QuantSpec, name: str) -> int:
-    """Bytes of one linear; of mixed its share of the budget, which holds for all together."""
+def _stored_as(n: int, k: int, spec: QuantSpec, name: str, experts: bool = False) -> int:
+    """Bytes of one linear; of mixed its share of the budget, which holds for all together.
+
+    experts: their inputs stay as they are, so that int8 has the form without activations.
+    """
     if spec.bits is not None:
         return int(n * k * spec.bits / 8)
-    return packed_bytes(n, k, spec.scheme(name))
+    scheme = spec.scheme(name)
+    return packed_bytes(n, k, replace(scheme, activations="none") if experts else scheme)
 
 
 def stored_bytes(skeleton: nn.Module, stored: Quantization) -> int:
@@ -303,6 +314,13 @@ def _is_router(skeleton: nn.Module, name: str) -> bool:
 def _is_experts(module: nn.Module) -> bool:
     """Whether the module holds the weights of several experts."""
     return type(module).__name__.endswith("Experts")
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The weights [E, N, K] of a module that holds experts."""
+    if not _is_experts(module):
+        return []
+    return [p for p in module.parameters(recurse=False) if p.dim() == 3]
 
 
 def kv_bytes_per_layer(config: Any, dtype: torch.dtype, kv_cache: str = "auto") -> list[int]:

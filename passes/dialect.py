@@ -15,11 +15,15 @@ smelt = torch.ops.smelt
 
 _TRACED = {"attention", "experts"}
 _SEMANTIC = _TRACED | {"rms_norm", "rope", "gated_activation"}
-_PACKED = {"linear_int2", "linear_int3", "linear_int4", "linear_int8", "linear_w8a8", "linear_fp8"}
+_PACKED = {
+    *("linear_int2", "linear_int3", "linear_int4", "linear_int8", "linear_w8a8", "linear_fp8"),
+    "experts_quantized",
+}
 _QUANTIZED = _SEMANTIC | _PACKED
 _CACHED = (_QUANTIZED - {"attention"}) | {"cached_attention", "cached_attention_quantized"}
 _LOWERED = _CACHED | {
     "linear",
+    "experts_dense",
     "cached_attention_reference",
     "cached_attention_quantized_reference",
     *(f"{name}_blocked" for name in _PACKED),

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from smelt.runtime.errors import UserError
+from smelt.runtime.ops.experts_quantized import BLOCK_ROWS
 from smelt.runtime.ops.gated_activation import gated_activation
 from smelt.runtime.ops.linear import (
     GROUPED_BITS,
@@ -54,7 +55,8 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "linear": ("aten", "cpu", "reference"),
     "cached_attention": ("cpu", "reference"),
     "cached_attention_quantized": ("cpu", "reference"),
-    "experts": ("reference",),
+    "experts": ("cpu", "reference"),
+    "experts_quantized": ("cpu", "reference"),
     **dict.fromkeys(INLINED, ("inductor", "reference")),
     **dict.fromkeys(INLINED_LINEARS, ("cpu", "inductor", "reference")),
     **dict.fromkeys(QUANTIZED_INPUT, ("cpu", "reference")),
@@ -210,7 +212,43 @@ def _choose(program: Program, node: fx.Node, name: str, override: str | None) ->
         return "cpu", "kernel that widens e4m3 to float32: the CPU has no fp8 arithmetic"
     if name in CACHE_OPERATORS:
         return "cpu", "kernel over the paged cache"
+    if name == "experts":
+        if None in (program.weight_name(weight) for weight in node.args[3:5]):
+            return "reference", "an expert's matrix is not a weight"
+        return "cpu", "kernel over the rows each expert got"
+    if name == "experts_quantized":
+        reason = _no_experts_kernel(program, node)
+        if reason is not None:
+            return "reference", reason
+        return "cpu", "kernel over the rows each expert got and the blocked layout"
     return "reference", "no kernel yet"
+
+
+def _no_experts_kernel(program: Program, node: fx.Node) -> str | None:
+    """Why the blocked layouts do not keep the experts apart; None when they do."""
+    args: Any = node.args
+    experts, block = args[11:13]
+    for q, scales in (args[3:5], args[6:8]):
+        rows, width = (
+            program.weights.specs[program.weight_name(w) or ""].shape for w in (q, scales)
+        )
+        n = rows[0] // experts
+        if n % BLOCK_ROWS:
+            return f"an expert has {n} rows, which fill no blocks of {BLOCK_ROWS}"
+        if block and n % block:
+            return f"an expert's {n} rows end inside a block of {block} x {block} scales"
+        features = _features(program, node, q)
+        if not block and width[1] > 1 and features // width[1] % BLOCK_ROWS:
+            return f"groups of {features // width[1]} features end inside a step of the kernel"
+    return None
+
+
+def _features(program: Program, node: fx.Node, q: Any) -> int:
+    """K of gate_up, I of down."""
+    if q is node.args[3]:
+        return int(shape(node)[-1])
+    args: Any = node.args
+    return program.weights.specs[program.weight_name(args[3]) or ""].shape[0] // (2 * args[11])
 
 
 def _apply(program: Program, node: fx.Node, name: str, provider: str) -> None:
@@ -225,6 +263,10 @@ def _apply(program: Program, node: fx.Node, name: str, provider: str) -> None:
         node.target = getattr(torch.ops.smelt, name + "_reference").default
     elif name in INLINED_LINEARS and provider == "cpu":
         _blocked(program, node, name)
+    elif name == "experts" and provider == "cpu":
+        node.target = torch.ops.smelt.experts_dense.default
+    elif name == "experts_quantized" and provider == "cpu":
+        _blocked_experts(program, node)
     elif name == "linear_w8a8" and provider == "cpu":
         _blocked_w8a8(program, node)
     elif name == "linear_fp8" and provider == "cpu":
@@ -269,6 +311,29 @@ def _blocked_fp8(program: Program, node: fx.Node) -> None:
     _put_instead(
         program, node, kernel, lambda: (x, *(program.weight(w) for w in laid_out), *rest, n)
     )
+
+
+def _blocked_experts(program: Program, node: fx.Node) -> None:
+    """Both matrices of the experts in the layout that linears of their format have."""
+    format_, block = str(node.args[10]), node.args[12]
+    arguments: list[Any] = list(node.args)
+    for at in (3, 6):
+        names = [program.weight_name(w) or "" for w in node.args[at : at + 3] if w is not None]
+        sizes: dict[str, Any] = {"n": program.weights.specs[names[0]].shape[0]}
+        sizes |= (
+            {"block": block} if format_ == "fp8" else {"k": _features(program, node, node.args[at])}
+        )
+        outputs = [f"{name}.blocked" for name in names]
+        arguments[at : at + len(names)] = program.weights.add(
+            f"block_{format_}", outputs, names, **sizes
+        )
+    width = _features(program, node, node.args[6])
+
+    def laid_out() -> tuple[Any, ...]:
+        weights = [program.weight(w) if isinstance(w, str) else w for w in arguments[3:9]]
+        return (*node.args[:3], *weights, *node.args[9:], width)
+
+    _put_instead(program, node, torch.ops.smelt.experts_quantized_blocked.default, laid_out)
 
 
 def _put_instead(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
@@ -14,12 +15,17 @@ from smelt.runtime.errors import SmeltError, UserError
 
 from .awq_search import Scale, output_error, search_clip, search_scale
 from .calibrate import CalibrationOptions, Statistics, calibrate
+from .expert_layers import ExpertLayers
+from .experts import Experts, find_experts
+from .experts import to_quantized as experts_to_quantized
 from .fold import fold
 from .formats import check_finite, fake_quantize, joined, row_chunks, row_step
-from .groups import Group, find_groups
+from .groups import Group, Producer, find_groups
 from .linears import Linear, find_linears, to_quantized
 from .spec import QuantSpec
-from .verdict import Verdict, group_note, group_size, rewrite_each
+from .verdict import Verdict, expected, group_note, group_size, rewrite_each
+
+EXPERTS_REMARK = "gate_up is only clipped: the 16-bit router reads the same input"
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,43 @@ class Awq:
             chosen.append(joined(kept, weight))
         return chosen
 
+    def expert_groups(self, gate_up: Linear, down: Linear) -> tuple[Group, Group]:
+        """gate_up is only clipped; down's scale goes into the rows of up before it."""
+        rows = UpRows(down.node, gate_up.layer, width=down.k)
+        return Group((gate_up,)), Group((down,), rows, torch.arange(down.k))
+
+    def rounded(self, linear: Linear, weight: torch.Tensor) -> AwqFound:
+        """No scale and no clip."""
+        clip = torch.zeros(linear.n, linear.scheme.groups(linear.k), dtype=torch.uint8)
+        return AwqFound(None, None, clip, 0.0, 0.0)
+
+    def put_experts(
+        self, program: Program, experts: Experts, found: Mapping[str, Sequence[AwqFound]]
+    ) -> fx.Node:
+        """The layer quantized with every expert's scale and clips."""
+        extras: dict[str, dict[str, torch.Tensor]] = {"gate_up": {}, "down": {}}
+        ones = torch.ones(experts.width)
+        factors = [ones if each.factor is None else each.factor for each in found["down"]]
+        if any((factor != 1).any() for factor in factors):
+            extras["gate_up"]["rows"] = torch.stack([torch.cat([ones, f]) for f in factors])
+            extras["down"]["columns"] = torch.stack(factors)
+        for matrix, given in extras.items():
+            clip = torch.stack([each.clip for each in found[matrix]])
+            if clip.any():
+                given["clip"] = clip
+        return experts_to_quantized(program, experts, extras)
+
+
+@dataclass(frozen=True)
+class UpRows(Producer):
+    """The rows of an expert's up, whose outputs are down's input channels. width: how many."""
+
+    width: int = 0
+
+    @property
+    def channels(self) -> int:
+        return self.width
+
 
 def _kept(w: torch.Tensor, linear: Linear, s: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
     """What is left of some rows of a weight: float32 [n, K]."""
@@ -118,7 +161,8 @@ class QuantizeAwq(Pass):
     A linear's scale is folded where its input channels come from, and the graph says where: a
     norm's weight (and bias), the rows of an earlier linear through views, attention's values and
     the linear half of a gated activation. Legal when every reader of those channels is a quantized
-    linear of the group; otherwise the reason is recorded and the linear is only clipped. s =
+    linear of the group; otherwise the reason is recorded and the linear is only clipped. Experts
+    are searched one by one on the tokens that each saw, `down` scaled by the rows of `up`. s =
     mean|x|^alpha, alpha and the clipping searched against the layer's own output error, layer by
     layer, later ones seeing what earlier ones lost (arXiv:2306.00978). The runtime multiplies
     nothing: it pays in quality at the size and speed of plain rounding.
@@ -132,15 +176,17 @@ class QuantizeAwq(Pass):
     Options = AwqOptions
 
     def expect(self, program: Program) -> int | None:
-        """One match a linear module of the traced tree; a fused linear counts as its parts."""
-        return program.facts.module_counts.get("linear")
+        """One match a linear module or layer of experts of the traced tree."""
+        return expected(program)
 
     def run(self, program: Program, options: AwqOptions) -> PassResult:
         if options.source is None or not options.samples:
             raise UserError("awq needs calibration text and the checkpoint; use rtn without them")
         linears = find_linears(program, options.spec)
         groups = find_groups(program, linears)
-        choices = calibrate(program, groups, Awq(), options)
+        experts = find_experts(program, options.spec)
+        layers = ExpertLayers(program, experts, "awq", Awq(), options, EXPERTS_REMARK)
+        choices = calibrate(program, groups, Awq(), options, layers)
         scales = {g.linears[0].weight: choices[g.linears[0].weight].scale for g in groups}
         applied = fold(program, [(g, scales[g.linears[0].weight]) for g in groups])
         reasons = {linear.node: g.reason for g in groups for linear in g.linears}
@@ -157,7 +203,7 @@ class QuantizeAwq(Pass):
             to_quantized(program, linear, names.get("columns"), names.get("rows"), clip)
             return _verdict(linear, choice, reason)
 
-        return rewrite_each(program, linears, rewrite)
+        return rewrite_each(program, linears, rewrite, layers)
 
 
 def _scale(

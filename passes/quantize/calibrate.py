@@ -1,10 +1,11 @@
-"""Calibration: run the graph over text, one group of linears at a time.
+"""Calibration: run the graph over text, one group of linears or layer of experts at a time.
 
-The graph is cut just before the first linear of each group. All samples go through one piece
-together, so that only the weights of that piece are in memory; what later pieces read (the residual
-stream, mostly) is kept for every sample, everything else is dropped. At a cut the inputs of the
-group's linears are streamed into `Statistics`, a `Method` searches, and the linears go on with what
-they will be: dequantized weights, so that later layers see the error of earlier ones.
+The graph is cut just before the first linear of each group, and before each layer of experts. All
+samples go through one piece together, so that only the weights of that piece are in memory; what
+later pieces read (the residual stream, mostly) is kept for every sample, everything else is
+dropped. At a cut the inputs of the group's linears are streamed into `Statistics`, a `Method`
+searches, and the linears go on with what they will be: dequantized weights, so that later layers
+see the error of earlier ones.
 
 What is found goes into a journal as it is found. A calibration that is run again with the same
 journal reads it there, and only runs the graph.
@@ -17,6 +18,7 @@ import json
 import random
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -27,6 +29,7 @@ from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import SmeltError
 
 from .calibration_memory import Memory, Needs, plan_memory
+from .experts import Experts
 from .graph_run import GraphRun, Replacement
 from .groups import Group
 from .spec import QuantSpec
@@ -96,6 +99,7 @@ class CalibrationOptions:
     max_rows: tokens on which searches measure output errors. progress(name, done, total). journal:
     where results are kept as they are found, and read when the same calibration runs again.
     planned: told how much memory it will take, before it begins.
+    min_expert_tokens: an expert that saw fewer is rounded; None: `expert_layers.least_tokens`.
     """
 
     spec: QuantSpec = field(default_factory=QuantSpec)
@@ -106,6 +110,7 @@ class CalibrationOptions:
     progress: Progress | None = None
     journal: OpenJournal | None = None
     planned: Callable[[Memory], None] | None = None
+    min_expert_tokens: int | None = None
 
 
 class Method(Needs, Protocol[Found]):
@@ -132,44 +137,85 @@ class Method(Needs, Protocol[Found]):
         ...
 
 
+# (group, weights, what looks at the inputs) -> (found, what the linears go on with).
+Find = Callable[
+    [Group, Sequence[torch.Tensor], Callable[[], Statistics]],
+    tuple[Sequence[Any], Sequence[Replacement]],
+]
+
+
+class ExpertSearch(Protocol):
+    """What a method does with layers of experts; `expert_layers.ExpertLayers`."""
+
+    @property
+    def found(self) -> Sequence[Experts]: ...
+
+    def search(
+        self,
+        experts: Experts,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        find: Find,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Search a layer's experts on their tokens; gate_up and down that it goes on with."""
+        ...
+
+
 def calibrate(
     program: Program,
     groups: Sequence[Group],
     method: Method[Found],
     options: CalibrationOptions,
+    experts: ExpertSearch | None = None,
 ) -> dict[str, Found]:
     """Run the samples through the program, search at every group in order; found by weight name.
 
-    Samples are cut at the model's context. Deterministic for given samples and seed. Raises
-    SmeltError naming the group for activations that are NaN or infinite.
+    experts: the layers of experts, each searched where it stands. Samples are cut at the model's
+    context. Deterministic for given samples and seed. Raises SmeltError naming the group for
+    activations that are NaN or infinite.
     """
     assert options.source is not None
     limit = program.facts.max_position
     samples = [sample[:limit] for sample in options.samples]
     keep = sampled_rows([len(sample) for sample in samples], options.max_rows, options.seed)
-    if options.planned is not None and groups:
+    layers = [e for e in experts.found if e.reason is None] if experts is not None else []
+    run = GraphRun(program, options.source, [*groups, *layers], samples)
+    if options.planned is not None and run.stations:
         lengths = [len(sample) for sample in samples]
-        options.planned(plan_memory(program, groups, lengths, method, options.max_rows))
-    run = GraphRun(program, options.source, groups, samples)
+        options.planned(plan_memory(program, run.stations, lengths, method, options.max_rows))
     report = options.progress or (lambda *_: None)
     journal = options.journal(digest(program, repr(method), options)) if options.journal else None
     everything: dict[str, Found] = {}
-    for i, (nodes, group) in enumerate(run.pieces()):
-        run.advance(nodes)
-        report(group.name, i, len(groups))
+
+    def find(
+        group: Group, weights: Sequence[torch.Tensor], look: Callable[[], Statistics]
+    ) -> tuple[Sequence[Found], Sequence[Replacement]]:
         found = _recalled(group, method, journal)
-        weights = run.weights(group)
         if found is None:
-            statistics = observe(run, group, keep, method.whole_gram)
-            found = method.search(group, weights, statistics)
-            del statistics
+            found = method.search(group, weights, look())
             _note(group, found, journal)
-        names = [linear.weight for linear in group.linears]
-        everything.update(zip(names, found, strict=True))
-        nodes_of = [linear.node for linear in group.linears]
-        run.chosen.update(zip(nodes_of, method.go_on(group, weights, found), strict=True))
-        del weights
-    report("calibrated", len(groups), len(groups))
+        everything.update(zip(group.weights, found, strict=True))
+        return found, method.go_on(group, weights, found)
+
+    for i, (nodes, station) in enumerate(run.pieces()):
+        run.advance(nodes)
+        report(station.name, i, len(run.stations))
+        weights = run.weights(station)
+        if isinstance(station, Experts):
+            assert experts is not None
+            x, index = (
+                torch.cat([values[arg] for values in run.live])  # type: ignore[index]
+                for arg in station.node.args[:2]
+            )
+            run.chosen[station.node] = experts.search(station, x, index, weights, find)
+            del x, index, weights
+            continue
+        _, go_on = find(station, weights, partial(observe, run, station, keep, method.whole_gram))
+        nodes_of = [linear.node for linear in station.linears]
+        run.chosen.update(zip(nodes_of, go_on, strict=True))
+        del weights, go_on
+    report("calibrated", len(run.stations), len(run.stations))
     return everything
 
 
@@ -178,6 +224,7 @@ def digest(program: Program, settings: str, options: CalibrationOptions) -> str:
     h = hashlib.sha256(graph_text(program.graph).encode())
     h.update(program.weights.digest().encode())
     others = [settings, options.spec.to_json(), options.max_rows, options.seed]
+    others.append(options.min_expert_tokens)
     h.update(json.dumps([*others, [list(sample) for sample in options.samples]]).encode())
     return h.hexdigest()
 
@@ -215,7 +262,7 @@ def observe(run: GraphRun, group: Group, keep: Sequence[torch.Tensor], whole: bo
     """What streams into a group now. keep: the tokens of each sample that are kept as rows."""
     first = group.linears[0]
     statistics = Statistics.empty(first.k, first.scheme.groups(first.k), whole)
-    source = group.linears[0].node.args[0]
+    source = group.node.args[0]
     for values, rows in zip(run.live, keep, strict=True):
         statistics.update(values[source], rows)  # type: ignore[index]
     if not torch.isfinite(statistics.total).all():

@@ -23,12 +23,15 @@ from torch import fx
 from smelt.passes.dialect import smelt_name
 from smelt.passes.program import Program, Role
 
+from .experts import MATRICES, Experts
 from .formats import packed_bytes, row_step
 from .groups import Group
 from .linears import Linear
 
 # A search reads rows of activations [R, K] in about three copies and makes two outputs [R, n].
 _INPUTS, _OUTPUTS = 3, 2
+# Rows of an expert that go through it at a time.
+EXPERT_ROWS = 512
 # float32 copies of its input that an operator of ours makes on the way.
 _WIDE = {"rms_norm": 3, "gated_activation": 1, "rope": 2}
 
@@ -56,7 +59,7 @@ class Memory:
 
 def plan_memory(
     program: Program,
-    groups: Sequence[Group],
+    stations: Sequence[Group | Experts],
     lengths: Sequence[int],
     method: Needs,
     max_rows: int,
@@ -67,20 +70,22 @@ def plan_memory(
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     peak, where, start, held = 0, "", 0, 0
     waiting = 0  # what the linears of the group before go on with
-    quantized = {linear.node for group in groups for linear in group.linears}
-    for group in groups:
-        stop = calls.index(group.linears[0].node)
+    quantized = {node for station in stations for node in _nodes(station)}
+    for station in stations:
+        stop = calls.index(station.node)
         running = values.piece(calls[start:stop], lengths)
         running += waiting + _made(program, calls[start:stop], quantized)
         kept = sum(values.before(calls[stop], length) for length in lengths)
-        statistics, search = _search(program, group, method, rows, max(lengths))
-        waiting = sum(_goes_on(program, linear, method) for linear in group.linears)
-        weights = _made(program, (linear.node for linear in group.linears), set())
-        going_on = weights + waiting + _chunk(group, 3.5)
-        moments = (running, kept + statistics + weights + search, kept + going_on)
+        weights = _made(program, _nodes(station), set())
+        linears = _linears(station)
+        searching = max(_search(program, linear, method, rows, max(lengths)) for linear in linears)
+        waiting = sum(_goes_on(program, linear, method) for linear in linears)
+        if isinstance(station, Experts):
+            searching += waiting + _routed(station, sum(lengths))
+        moments = (running, kept + weights + searching, kept + weights + waiting + _chunk(linears))
         if held + max(moments) > peak:
-            peak, where = held + max(moments), group.name
-        held += sum(_found(linear, method) for linear in group.linears)
+            peak, where = held + max(moments), station.name
+        held += sum(_found(linear, method) for linear in linears)
         start = stop
     return Memory(peak, where)
 
@@ -169,7 +174,7 @@ def _working(node: fx.Node, tokens: int) -> int:
 def _made(program: Program, nodes: Iterable[fx.Node], chosen: set[fx.Node]) -> int:
     """Bytes of the weights `nodes` read that the plan makes, and does not only load.
 
-    chosen: linears that go on with something else.
+    chosen: linears and layers of experts that go on with something else.
     """
     producers = program.weights.producers()
     names = {
@@ -177,46 +182,72 @@ def _made(program: Program, nodes: Iterable[fx.Node], chosen: set[fx.Node]) -> i
         for node in nodes
         for used in node.all_input_nodes
         if (name := program.weight_name(used)) is not None
-        and not (node in chosen and used is node.args[1])
+        and not (node in chosen and used in (node.args[1], *node.args[3:5]))
     }
     made = [name for name in names if producers[name].op != "load"]
     return sum(program.weights.specs[name].nbytes for name in made)
 
 
-def _search(
-    program: Program, group: Group, method: Needs, rows: int, longest: int
-) -> tuple[int, int]:
-    """(statistics, the search's working memory) of a group, in bytes."""
-    first = group.linears[0]
-    k, groups = first.k, first.scheme.groups(first.k)
-    width = k if method.whole_gram else k // groups
-    gram = 4 * width * k
+def _nodes(station: Group | Experts) -> list[fx.Node]:
+    if isinstance(station, Experts):
+        return [station.node]
+    return [linear.node for linear in station.linears]
+
+
+def _linears(station: Group | Experts) -> list[Linear]:
+    """The matrices of a station, searched one after the other."""
+    if not isinstance(station, Experts):
+        return list(station.linears)
+    return [station.matrix(name, e) for e in range(station.count) for name in MATRICES]
+
+
+def _routed(experts: Experts, tokens: int) -> int:
+    """Bytes of a layer's tokens side by side, of those that one expert gets, and of what its first
+    matrix makes of some of them. Few experts get more than twice their share."""
+    x, index = experts.node.all_input_nodes[:2]
+    together = _bytes(x, tokens) + _bytes(index, tokens)
+    share = min(1.0, 2 * index.meta["val"].shape[-1] / experts.count)
+    mine = int(share * tokens)
+    return together + _bytes(x, mine) + 4 * min(mine, EXPERT_ROWS) * 6 * experts.width
+
+
+def _search(program: Program, linear: Linear, method: Needs, rows: int, longest: int) -> int:
+    """Bytes of one linear's statistics and of the search's own working memory."""
+    k, groups = linear.k, linear.scheme.groups(linear.k)
+    gram = 4 * k * (k if method.whole_gram else k // groups)
     observing = gram + 3 * 4 * longest * k
-    n = min(row_step(k), max(linear.n for linear in group.linears))
+    n = min(row_step(k), linear.n)
     reading = 4 * rows * (_INPUTS * k + _OUTPUTS * n)
-    matrices = 4 * k * k
-    inverting = int(method.matrices * matrices)
-    searching = _chunk(group, _copies(program, group, method)) + reading
-    searching += matrices if method.matrices else 0
-    statistics = gram + 4 * rows * k
-    return statistics, max(observing - statistics, inverting, searching)
+    matrix = 4 * k * k if method.matrices else 0
+    searching = _chunk([linear], _copies(program, linear, method)) + reading + matrix
+    inverting = int(method.matrices * matrix)
+    return max(observing, gram + 4 * rows * k + max(inverting, searching))
 
 
-def _copies(program: Program, group: Group, method: Needs) -> float:
+def _copies(program: Program, linear: Linear, method: Needs) -> float:
     """float32 copies of a chunk; a model of another dtype needs one more."""
-    wide = program.weights.specs[group.linears[0].weight].dtype is torch.float32
-    return method.copies + (0 if wide else 1.2)
+    return method.copies + (0 if _dtype(program, linear) is torch.float32 else 1.2)
 
 
-def _chunk(group: Group, copies: float) -> int:
-    """Bytes of `copies` float32 copies of the group's largest chunk."""
-    sizes = [min(row_step(linear.k), linear.n) * linear.k for linear in group.linears]
+def _dtype(program: Program, linear: Linear) -> torch.dtype:
+    """Of the weight; an expert's, which no plan names, is its layer's."""
+    value = linear.node.meta["val"]
+    spec = program.weights.specs.get(linear.weight)
+    dtype = spec.dtype if spec is not None else value.dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _chunk(linears: Sequence[Linear], copies: float = 3.5) -> int:
+    """Bytes of `copies` float32 copies of the largest chunk."""
+    sizes = [min(row_step(linear.k), linear.n) * linear.k for linear in linears]
     return int(copies * 4 * max(sizes))
 
 
 def _goes_on(program: Program, linear: Linear, method: Needs) -> int:
-    size = program.weights.specs[linear.weight].dtype.itemsize
-    return linear.parameters * (4 if method.wide else size)
+    size = _dtype(program, linear).itemsize
+    wide = method.wide and linear.weight in program.weights.specs
+    return linear.parameters * (4 if wide else size)
 
 
 def _found(linear: Linear, method: Needs) -> int:

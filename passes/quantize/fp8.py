@@ -18,14 +18,17 @@ from smelt.runtime.ops.linear_fp8 import E4M3_MAX, dequantize_fp8, round_activat
 from smelt.runtime.ops.linear_w8a8 import usable_scale
 
 from .calibrate import CalibrationOptions, Statistics, calibrate
+from .expert_layers import ExpertLayers
+from .experts import find_experts
 from .formats import _prepared, check_finite, joined, row_chunks
 from .graph_run import Replacement
 from .groups import Group, find_groups
 from .linears import Linear, find_linears
 from .spec import QuantSpec
-from .verdict import Verdict, rewrite_each
+from .verdict import Verdict, expected, rewrite_each
 
 smelt = torch.ops.smelt
+EXPERTS_REMARK = "weights only: the inputs of experts stay as they are"
 KERNELS = {
     "cpu": "C++ over e4m3 bytes, widened to float32: no fast kernel on the CPU, which has no fp8 "
     "arithmetic; int8 (smoothquant, or rtn --format int8) is faster there",
@@ -175,7 +178,8 @@ class QuantizeFp8(Pass):
     values nothing and no channel has to be moved. Weights get a scale a row and inputs one a token;
     or weights one for 128 x 128 and inputs one for 128 features of a token (`--group-size 128`,
     DeepSeek-V3's form); or inputs one scale from calibration (`--activations static`). Legal for
-    any linear over a planned floating-point weight that nothing else reads. Pays in bytes
+    any linear over a planned floating-point weight that nothing else reads; the inputs of experts
+    stay as they are. Pays in bytes
     everywhere, in time where the processor multiplies e4m3.
     """
 
@@ -187,33 +191,35 @@ class QuantizeFp8(Pass):
     Options = Fp8Options
 
     def expect(self, program: Program) -> int | None:
-        """One match a linear module of the traced tree; a fused linear counts as its parts."""
-        return program.facts.module_counts.get("linear")
+        """One match a linear module or layer of experts of the traced tree."""
+        return expected(program)
 
     def run(self, program: Program, options: Fp8Options) -> PassResult:
         spec = options.spec
         linears = find_linears(program, spec)
+        experts = find_experts(program, spec)
+        layers = ExpertLayers(program, experts, "fp8", remark=EXPERTS_REMARK)
         choices: dict[str, Fp8Found] = {}
         if spec.needs_calibration:
-            choices = _calibrated(program, find_groups(program, linears), options)
+            choices = _calibrated(program, find_groups(program, linears), options, layers)
 
         def rewrite(linear: Linear, result: PassResult) -> Verdict:
             choice = choices.get(linear.weight)
             to_fp8(program, linear, choice.input_scale if choice else None)
             return _verdict(linear, spec, choice.error if choice else None, program.target)
 
-        return rewrite_each(program, linears, rewrite)
+        return rewrite_each(program, linears, rewrite, layers)
 
 
 def _calibrated(
-    program: Program, groups: Sequence[Group], options: Fp8Options
+    program: Program, groups: Sequence[Group], options: Fp8Options, layers: ExpertLayers
 ) -> dict[str, Fp8Found]:
     """Static input scales over the calibration text, by the linear's weight."""
     if options.source is None or not options.samples:
         raise UserError(
             "static activations need calibration text and the checkpoint; dynamic ones need neither"
         )
-    return calibrate(program, groups, StaticFp8(), options)
+    return calibrate(program, groups, StaticFp8(), options, layers)
 
 
 def _verdict(linear: Linear, spec: QuantSpec, error: float | None, target: str) -> Verdict:

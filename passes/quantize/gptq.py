@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
@@ -17,12 +18,15 @@ from smelt.runtime.ops.packing import pack, unpack
 
 from .awq_search import search_clip
 from .calibrate import CalibrationOptions, Statistics, calibrate
+from .expert_layers import ExpertLayers
+from .experts import MATRICES, Experts, find_experts, replace_experts
+from .experts import to_quantized as round_experts
 from .formats import Quantized, check_finite, fake_quantize, joined, quantize, row_chunks
 from .gptq_solve import DAMPING, errors_of, prepare, solve
 from .groups import Group, find_groups
 from .linears import Linear, find_linears, replace_linear, to_quantized
 from .spec import FORMATS, QuantSpec
-from .verdict import Verdict, group_note, group_size, rewrite_each
+from .verdict import Verdict, expected, group_note, group_size, rewrite_each
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,31 @@ class Gptq:
             for linear, weight, each in zip(group.linears, weights, found, strict=True)
         ]
 
+    def expert_groups(self, gate_up: Linear, down: Linear) -> tuple[Group, Group]:
+        """Each matrix by itself: nothing is folded."""
+        return Group((gate_up,)), Group((down,))
+
+    def rounded(self, linear: Linear, weight: torch.Tensor) -> GptqFound:
+        """Rounded to nearest."""
+        made = quantize(weight.float(), linear.scheme)
+        if made.zeros is None:
+            return GptqFound(None, None, None, 0.0, 0.0)
+        q = pack(made.q, FORMATS[linear.scheme.format].bits)
+        return GptqFound(q, made.scales, made.zeros, 0.0, 0.0)
+
+    def put_experts(
+        self, program: Program, experts: Experts, found: Mapping[str, Sequence[GptqFound]]
+    ) -> fx.Node:
+        """The found weights of all experts, one below the other, as values of the plan."""
+        if FORMATS[experts.scheme.format].symmetric:
+            return round_experts(program, experts)
+        names = []
+        for matrix, weight in zip(MATRICES, experts.weights, strict=True):
+            rows = [_fields(each) for each in found[matrix]]
+            packed = {field: torch.cat([each[field] for each in rows]) for field in rows[0]}
+            names.append(_planned(program, experts.scheme.format, weight, packed))
+        return replace_experts(program, experts, *names)
+
 
 def _final(linear: Linear, weight: torch.Tensor, found: GptqFound) -> Iterator[torch.Tensor]:
     """What the linear will compute with, float32, some rows at a time."""
@@ -109,8 +138,9 @@ class QuantizeGptq(Pass):
     all calibration tokens, streamed; columns are taken in the order of their activations on a grid
     fixed beforehand (`gptq_solve.py`). The grid is clipped where that lowers the layer's output
     error. A layer that does not gain against rounding is rounded, and its verdict says so. Legal
-    for the linears that rounding takes; nothing is folded, so every layer can be treated. Pays in
-    quality, most at 3 bits, at the size and speed of plain rounding.
+    for the linears and experts that rounding takes; nothing is folded, so every layer can be
+    treated. An expert has the Hessian of the tokens that it saw; one that saw too few is rounded.
+    Pays in quality, most at 3 bits, at the size and speed of plain rounding.
     """
 
     name = "quantize-gptq"
@@ -121,20 +151,29 @@ class QuantizeGptq(Pass):
     Options = GptqOptions
 
     def expect(self, program: Program) -> int | None:
-        """One match a linear module of the traced tree; a fused linear counts as its parts."""
-        return program.facts.module_counts.get("linear")
+        """One match a linear module or layer of experts of the traced tree."""
+        return expected(program)
 
     def run(self, program: Program, options: GptqOptions) -> PassResult:
         if options.source is None or not options.samples:
             raise UserError("gptq needs calibration text and the checkpoint; use rtn without them")
-        return compensate(program, find_linears(program, options.spec), options)
+        linears = find_linears(program, options.spec)
+        return compensate(program, linears, find_experts(program, options.spec), options)
 
 
-def compensate(program: Program, linears: Sequence[Linear], options: GptqOptions) -> PassResult:
-    """Quantize `linears`, each by its own scheme: grouped formats with error compensation, int8 by
-    rounding."""
+def compensate(
+    program: Program,
+    linears: Sequence[Linear],
+    experts: Sequence[Experts],
+    options: GptqOptions,
+    remark: str | None = None,
+) -> PassResult:
+    """Quantize `linears` and `experts`, each by its own scheme: grouped formats with error
+    compensation, int8 by rounding. remark: part of the experts' verdicts."""
     groups = find_groups(program, linears)
-    choices = calibrate(program, groups, Gptq(options.damping), options)
+    method = Gptq(options.damping)
+    layers = ExpertLayers(program, experts, options.spec.method, method, options, remark)
+    choices = calibrate(program, groups, method, options, layers)
 
     def rewrite(linear: Linear, result: PassResult) -> Verdict:
         choice = choices.pop(linear.weight)
@@ -154,7 +193,7 @@ def compensate(program: Program, linears: Sequence[Linear], options: GptqOptions
             reason="; ".join(notes) or None,
         )
 
-    return rewrite_each(program, linears, rewrite)
+    return rewrite_each(program, linears, rewrite, layers)
 
 
 def _search(
@@ -208,14 +247,22 @@ def _diagonal_blocks(hessian: torch.Tensor, groups: int) -> torch.Tensor:
 
 def _put(program: Program, linear: Linear, found: GptqFound) -> None:
     """The found weights as values of the plan, and the operator that reads them."""
+    names = _planned(program, linear.scheme.format, linear.weight, _fields(found))
+    replace_linear(program, linear, names)
+
+
+def _fields(found: GptqFound) -> dict[str, torch.Tensor]:
     assert found.qweight is not None and found.scales is not None and found.zeros is not None
-    packed = {"qweight": found.qweight, "scales": found.scales, "zeros": found.zeros}
-    given = [program.weights.put(f"{linear.weight}.{k}.found", v) for k, v in packed.items()]
-    outputs = [f"{linear.weight}.{field}" for field in packed]
-    operation = f"take_{linear.scheme.format}"
-    replace_linear(
-        program, linear, program.weights.add(operation, outputs, [linear.weight, *given])
-    )
+    return {"qweight": found.qweight, "scales": found.scales, "zeros": found.zeros}
+
+
+def _planned(
+    program: Program, format: str, weight: str, packed: Mapping[str, torch.Tensor]
+) -> tuple[str, ...]:
+    """Planned names of the values found for `weight`."""
+    given = [program.weights.put(f"{weight}.{k}.found", v) for k, v in packed.items()]
+    outputs = [f"{weight}.{field}" for field in packed]
+    return program.weights.add(f"take_{format}", outputs, [weight, *given])
 
 
 def _take_operation(bits: int) -> None:

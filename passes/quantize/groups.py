@@ -62,6 +62,15 @@ class Group:
     def name(self) -> str:
         return ", ".join(linear.layer for linear in self.linears)
 
+    @property
+    def node(self) -> fx.Node:
+        return self.linears[0].node
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Their planned names."""
+        return tuple(linear.weight for linear in self.linears)
+
 
 def find_groups(program: Program, linears: Sequence[Linear]) -> list[Group]:
     """Every linear that is quantized, in exactly one group; groups in graph order."""

@@ -22,6 +22,7 @@ from .spec import FORMATS, QuantSpec, Scheme
 aten = torch.ops.aten
 smelt = torch.ops.smelt
 LINEAR = aten.linear.default
+EXPERTS = ("experts", "experts_quantized")
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ def linear_role(node: fx.Node) -> str | None:
             if user.op == "output":
                 return "lm_head"
             name = smelt_name(user)
-            if name == "experts" and current in user.args[1:3]:
+            if name in EXPERTS and current in user.args[1:3]:
                 return "router"
-            if name in ("experts", "attention") or is_call(user, LINEAR) or user in seen:
+            if name in (*EXPERTS, "attention") or is_call(user, LINEAR) or user in seen:
                 continue
             seen.add(user)
             stack.append(user)

@@ -14,12 +14,14 @@ from smelt.runtime.errors import UserError
 
 from .budget import Choice, choose
 from .calibrate import digest
+from .experts import MATRICES, Experts, find_experts
 from .formats import packed_bytes
 from .gptq import GptqOptions, compensate
 from .groups import Group, find_groups
 from .linears import Linear, find_linears
 from .sensitivity import Sensitivity, measure
 from .spec import QuantSpec, Scheme
+from .verdict import expected
 
 CANDIDATES = (
     Scheme("int2", 32),
@@ -27,6 +29,7 @@ CANDIDATES = (
     *(Scheme("int4", size) for size in (128, 64, 32)),
     Scheme("int8", 0),
 )
+EXPERTS_REMARK = "the largest format within the budget; the table is measured for linears alone"
 LEFT = "left at 16 bits by the budget"
 
 
@@ -53,7 +56,8 @@ class QuantizeMixed(Pass):
     candidate's error on that group's inputs (`sensitivity.py`). The budget is spent where a bit
     saves the most divergence (`budget.py`), counting scales and zero points; then every layer is
     quantized to its format with error compensation, as by gptq, int8 by rounding. Legal for the
-    linears that rounding takes. Pays in quality at a size between those of uniform formats, or in
+    linears and experts that rounding takes; the layers of experts get the largest format within the
+    budget, all the same one. Pays in quality at a size between those of uniform formats, or in
     size at their quality.
     """
 
@@ -65,8 +69,8 @@ class QuantizeMixed(Pass):
     Options = MixedOptions
 
     def expect(self, program: Program) -> int | None:
-        """One match a linear module of the traced tree; a fused linear counts as its parts."""
-        return program.facts.module_counts.get("linear")
+        """One match a linear module or layer of experts of the traced tree."""
+        return expected(program)
 
     def run(self, program: Program, options: MixedOptions) -> PassResult:
         if options.source is None or not options.samples:
@@ -77,15 +81,18 @@ class QuantizeMixed(Pass):
         if options.journal is not None:
             journal = options.journal(digest(program, "sensitivity", options))
         table = measure(program, groups, CANDIDATES, options, journal)
-        assert options.spec.bits is not None
-        taken = assign(groups, table, options.spec.bits)
+        bits = options.spec.bits
+        assert bits is not None
+        taken = assign(groups, table, bits)
         schemes = {
             linear.node: scheme
             for group, scheme in zip(groups, taken, strict=True)
             for linear in group.linears
         }
-        result = compensate(program, [_given(linear, schemes) for linear in linears], options)
-        _report(result, groups, table, taken, options.spec.bits)
+        experts = [within(e, bits) for e in find_experts(program, options.spec)]
+        given = [_given(linear, schemes) for linear in linears]
+        result = compensate(program, given, experts, options, EXPERTS_REMARK)
+        _report(result, groups, table, taken, bits)
         return result
 
 
@@ -110,6 +117,15 @@ def assign(
             "with their scales; give more"
         ) from error
     return [(*CANDIDATES, None)[i] for i in taken]
+
+
+def within(experts: Experts, bits: float) -> Experts:
+    """The layer with the largest candidate that takes at most `bits` a weight."""
+    shapes = [(linear.n, linear.k) for linear in (experts.matrix(name, 0) for name in MATRICES)]
+    weights = sum(n * k for n, k in shapes)
+    sizes = {c: 8 * sum(packed_bytes(n, k, c) for n, k in shapes) / weights for c in CANDIDATES}
+    fitting = [scheme for scheme in CANDIDATES if sizes[scheme] <= bits]
+    return replace(experts, scheme=max(fitting or CANDIDATES[:1], key=lambda c: sizes[c]))
 
 
 def _bits(group: Group, scheme: Scheme | None) -> float:

@@ -13,12 +13,14 @@ from smelt.passes.program import Dialect, Program
 from smelt.passes.rewrite import aten, shape
 from smelt.passes.weights import Step, TensorSource
 
+from .experts import Experts, find_experts
 from .linears import Linear, find_linears, layer_name
 from .spec import QuantSpec, Scheme
-from .stored import stored_parts
-from .verdict import Verdict, left_alone, left_experts, parameters, summary
+from .stored import DEQUANTIZE, stored_parts
+from .verdict import Verdict, leave_experts, left_alone, parameters, summary
 
 smelt = torch.ops.smelt
+EXPERTS_REMARK = "dequantized: the integers of a checkpoint's experts are not kept"
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,22 @@ class KeepQuantized(Pass):
             to_kept(program, linear, parts)
             result.rewritten += max(1, len(parts))
             result.notes.append(_verdict(program, linear, parts, how, options.source).to_json())
-        left_experts(program, result)
-        result.notes.append(summary(decided, weights))
+        experts = _experts(program)
+        leave_experts(result, experts)
+        result.notes.append(summary(decided, weights, experts))
         program.clean()
         return result
+
+
+def _experts(program: Program) -> list[Experts]:
+    """The layers of experts, each with the reason why it is left."""
+    found = []
+    for layer in find_experts(program, QuantSpec("rtn")):
+        steps = program.weights.needed(layer.weights)
+        packed = any(step.op == DEQUANTIZE for step in steps)
+        reason = EXPERTS_REMARK if packed else "the checkpoint holds them at 16 bit"
+        found.append(replace(layer, reason=reason))
+    return found
 
 
 def _decide(

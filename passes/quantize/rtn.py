@@ -8,10 +8,12 @@ from typing import Any
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
 
+from .expert_layers import ExpertLayers
+from .experts import find_experts
 from .fp8 import kernel_of, to_fp8
 from .linears import Linear, find_linears, to_quantized
 from .spec import QuantSpec
-from .verdict import Verdict, group_note, group_size, rewrite_each
+from .verdict import Verdict, expected, group_note, group_size, rewrite_each
 
 
 @dataclass(frozen=True)
@@ -25,22 +27,24 @@ class RtnOptions:
 
 
 class QuantizeRtn(Pass):
-    """Linear layers get packed weights, rounded to the nearest value of their group.
+    """Linear layers and experts get packed weights, rounded to the nearest value of their group.
 
     Before::
 
         y = aten.linear(x, weight, bias)
+        z = smelt::experts(y, index, share, gate_up, down, "silu")
 
     After::
 
         y = smelt::linear_int4(x, qweight, scales, zeros, bias)      # or int3, int2, int8, fp8
+        z = smelt::experts_quantized(y, index, share, qweight, scales, zeros, ..., "int4", E, 0)
 
     and the weight plan makes qweight, scales and zeros from the weight in one quantize step.
 
-    Legal for any linear over a planned floating-point weight that nothing else reads. The logits'
-    linear, routers and layers under `min_features` stay as they are. Pays because a decode step
-    reads every weight once: a quarter of the bytes at int4 (4.25 bits with groups of 128), half
-    at int8 and fp8 (e4m3, inputs left as they are).
+    Legal for any linear, and any experts, over planned floating-point weights that nothing else
+    reads. The logits' linear, routers and layers under `min_features` stay as they are. Pays
+    because a decode step reads every weight once: a quarter of the bytes at int4 (4.25 bits with
+    groups of 128), half at int8 and fp8 (e4m3, inputs left as they are).
     """
 
     name = "quantize-rtn"
@@ -51,8 +55,8 @@ class QuantizeRtn(Pass):
     Options = RtnOptions
 
     def expect(self, program: Program) -> int | None:
-        """One match a linear module of the traced tree; a fused linear counts as its parts."""
-        return program.facts.module_counts.get("linear")
+        """One match a linear module or layer of experts of the traced tree."""
+        return expected(program)
 
     def run(self, program: Program, options: RtnOptions) -> PassResult:
         def rewrite(linear: Linear, result: PassResult) -> Verdict:
@@ -68,4 +72,6 @@ class QuantizeRtn(Pass):
                 kernel=kernel_of(program.target) if fp8 else None,
             )
 
-        return rewrite_each(program, find_linears(program, options.spec), rewrite)
+        linears = find_linears(program, options.spec)
+        layers = ExpertLayers(program, find_experts(program, options.spec), "rtn")
+        return rewrite_each(program, linears, rewrite, layers)

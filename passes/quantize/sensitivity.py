@@ -58,6 +58,7 @@ def measure(
     original: list[torch.Tensor] = []
     table = []
     for i, (nodes, group) in enumerate(run.pieces()):
+        assert isinstance(group, Group)
         run.advance(nodes)
         report(f"sensitivity of {group.name}", i, len(groups))
         if not original:
@@ -99,7 +100,8 @@ def _probe(
     keep: Sequence[torch.Tensor],
     candidates: Sequence[Scheme],
 ) -> Sensitivity:
-    group = run.groups[index]
+    group = run.stations[index]
+    assert isinstance(group, Group)
     statistics = observe(run, group, keep, whole=False)
     weights = run.weights(group)
     errors = torch.zeros(len(candidates), dtype=torch.float64)

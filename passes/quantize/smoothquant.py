@@ -14,6 +14,8 @@ from smelt.runtime.errors import SmeltError, UserError
 
 from .awq_search import Scale
 from .calibrate import CalibrationOptions, Statistics, calibrate
+from .expert_layers import ExpertLayers
+from .experts import find_experts
 from .fold import fold
 from .formats import check_finite
 from .graph_run import Replacement
@@ -21,9 +23,10 @@ from .groups import Group, find_groups
 from .linears import Linear, find_linears
 from .smooth_search import ALPHAS, Inputs, output_error, search_alpha
 from .spec import QuantSpec
-from .verdict import Verdict, rewrite_each
+from .verdict import Verdict, expected, rewrite_each
 from .w8a8 import check_width, kernel_of, product, to_w8a8
 
+EXPERTS_REMARK = "weights only and not smoothed: the 16-bit router reads the same input"
 LABELS = {"dynamic": "int8, a scale a token", "static": "int8, one scale"}
 
 
@@ -120,6 +123,7 @@ class QuantizeSmoothQuant(Pass):
     group of linears against their own output error with both sides quantized; 0 moves nothing.
     Inputs get one scale a token, or a static one. Legal for any linear over a planned weight that
     nothing else reads; one without a producer to fold into is quantized unsmoothed and says so.
+    Experts get int8 weights alone: the router reads what would have to be smoothed for them.
     Pays twice: half the bytes of a decode step, and integer products, which most processors have
     two to four times as many of, in prefill.
     """
@@ -132,8 +136,8 @@ class QuantizeSmoothQuant(Pass):
     Options = SmoothQuantOptions
 
     def expect(self, program: Program) -> int | None:
-        """One match a linear module of the traced tree; a fused linear counts as its parts."""
-        return program.facts.module_counts.get("linear")
+        """One match a linear module or layer of experts of the traced tree."""
+        return expected(program)
 
     def run(self, program: Program, options: SmoothQuantOptions) -> PassResult:
         spec = options.spec
@@ -142,10 +146,12 @@ class QuantizeSmoothQuant(Pass):
             if linear.reason is None:
                 check_width(linear)
         groups = find_groups(program, linears)
+        experts = find_experts(program, spec)
+        layers = ExpertLayers(program, experts, "smoothquant", remark=EXPERTS_REMARK)
         choices: dict[str, SmoothQuantFound] = {}
         applied: dict[str, dict[str, str]] = {}
         if spec.needs_calibration:
-            choices = _calibrated(program, groups, options)
+            choices = _calibrated(program, groups, options, layers)
             scaled = [(g, choices[g.linears[0].weight].scale) for g in groups]
             applied = fold(program, scaled)
         reasons = {linear.node: g.reason for g in groups for linear in g.linears}
@@ -160,11 +166,14 @@ class QuantizeSmoothQuant(Pass):
             to_w8a8(program, linear, names.get("columns"), names.get("rows"), static)
             return _verdict(linear, spec, choice, reason, program.target)
 
-        return rewrite_each(program, linears, rewrite)
+        return rewrite_each(program, linears, rewrite, layers)
 
 
 def _calibrated(
-    program: Program, groups: Sequence[Group], options: SmoothQuantOptions
+    program: Program,
+    groups: Sequence[Group],
+    options: SmoothQuantOptions,
+    layers: ExpertLayers,
 ) -> dict[str, SmoothQuantFound]:
     """Factors and input scales of every linear, by its weight's name."""
     if options.source is None or not options.samples:
@@ -172,7 +181,7 @@ def _calibrated(
             "smoothquant needs calibration text and the checkpoint to measure activations; with "
             "alpha 0 and dynamic activations it needs neither"
         )
-    return calibrate(program, groups, SmoothQuant(options.spec), options)
+    return calibrate(program, groups, SmoothQuant(options.spec), options, layers)
 
 
 def _verdict(

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -16,14 +16,13 @@ from smelt.passes.dialect import smelt_name
 from smelt.passes.program import Program, Role
 from smelt.passes.rewrite import is_call, shape
 
+from .experts import Experts
 from .linears import Linear
-
-EXPERTS = "experts (not supported yet)"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One linear layer's outcome, as it stands in the report.
+    """One linear layer's outcome, or that of a layer of experts, as it stands in the report.
 
     group_size: the one used, 0 for the whole row. alpha: AWQ's exponent, 0 when no scale paid.
     error_rtn and error: the layer's output error relative to its output, ||dY||^2 / ||Y||^2, on
@@ -31,7 +30,8 @@ class Verdict:
     it was left alone, or why less was done than the method can. activations: how the input is
     quantized; kernel: what multiplies on the target, where that is not every format's own.
     scale_change: of weights that the checkpoint holds quantized, the largest relative change of a
-    scale.
+    scale. Of experts, errors are means over the matrices that were searched; tokens_per_expert: the
+    calibration tokens that each got; experts_rounded: those that got too few to search.
     """
 
     layer: str
@@ -46,28 +46,51 @@ class Verdict:
     activations: str | None = None
     kernel: str | None = None
     scale_change: float | None = None
+    tokens_per_expert: list[int] | None = None
+    experts_rounded: list[int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-def left_alone(linear: Linear) -> Verdict:
-    """The verdict of a linear that stays at 16 bits."""
+def left_alone(linear: Linear | Experts) -> Verdict:
+    """The verdict of a layer that stays at 16 bits."""
     return Verdict(linear.layer, "none", "16 bit", 0, linear.parameters, reason=linear.reason)
 
 
-def left_experts(program: Program, result: PassResult) -> None:
-    """Record the expert layers, whose weights no method here quantizes yet."""
-    for node in program.calls(torch.ops.smelt.experts.default):
-        result.decline(node, EXPERTS)
+def leave_experts(result: PassResult, layers: Sequence[Experts]) -> None:
+    """Record those of `layers` that have a reason to stay as they are."""
+    for experts in layers:
+        if experts.reason is not None:
+            result.decline(experts.node, experts.reason)
+            result.notes.append(left_alone(experts).to_json())
+
+
+def expected(program: Program) -> int | None:
+    """What `rewrite_each` should match: the linear modules of the traced tree, a fused linear as
+    its parts, and its layers of experts."""
+    counts = program.facts.module_counts
+    return counts["linear"] + counts.get("experts", 0) if "linear" in counts else None
+
+
+class ExpertRewrite(Protocol):
+    """The layers of experts of a program, and the rewrite of one."""
+
+    @property
+    def found(self) -> Sequence[Experts]: ...
+
+    def rewrite(self, experts: Experts) -> Verdict: ...
 
 
 def rewrite_each(
-    program: Program, linears: Sequence[Linear], rewrite: Callable[[Linear, PassResult], Verdict]
+    program: Program,
+    linears: Sequence[Linear],
+    rewrite: Callable[[Linear, PassResult], Verdict],
+    experts: ExpertRewrite,
 ) -> PassResult:
-    """Call `rewrite` on every linear that is quantized; the result with everybody's verdicts.
+    """Rewrite every linear and every layer of experts that is quantized; everybody's verdicts.
 
-    It is given the result, too, to say there what it declined of a linear it quantizes.
+    `rewrite` is given the result, too, to say there what it declined of a linear it quantizes.
     """
     weights = parameters(program)
     result = PassResult()
@@ -80,8 +103,13 @@ def rewrite_each(
             continue
         result.notes.append(rewrite(linear, result).to_json())
         result.rewritten += count
-    left_experts(program, result)
-    result.notes.append(summary(linears, weights))
+    result.matched += len(experts.found)
+    leave_experts(result, experts.found)
+    for layer in experts.found:
+        if layer.reason is None:
+            result.notes.append(experts.rewrite(layer).to_json())
+            result.rewritten += 1
+    result.notes.append(summary(linears, weights, experts.found))
     program.clean()
     return result
 
@@ -126,14 +154,22 @@ def _kind(node: fx.Node) -> str:
     if any(is_call(user, torch.ops.aten.embedding.default) for user in users):
         return "embeddings"
     if any(smelt_name(user) == "experts" for user in users):
-        return EXPERTS
+        return "experts"
     return "norms and biases" if len(shape(node)) < 2 else "other weights"
 
 
-def summary(linears: Sequence[Linear], weights: Sequence[Parameter]) -> dict[str, Any]:
+def summary(
+    linears: Sequence[Linear], weights: Sequence[Parameter], experts: Sequence[Experts] = ()
+) -> dict[str, Any]:
     """{"summary": "quantized 98.7 % of the parameters; left at 16 bit: ...", and its numbers}."""
     done = {linear.weight for linear in linears if linear.reason is None}
     reasons = {linear.weight: linear.reason for linear in linears if linear.reason}
+    count = len(done)
+    for layer in experts:
+        if layer.reason is None:
+            done.update(layer.weights)
+        else:
+            reasons |= dict.fromkeys(layer.weights, f"experts ({layer.reason})")
     left: Counter[str] = Counter()
     for weight in weights:
         if weight.name not in done:
@@ -149,6 +185,7 @@ def summary(linears: Sequence[Linear], weights: Sequence[Parameter]) -> dict[str
         "summary": text,
         "parameters": total,
         "parameters_quantized": quantized,
-        "linears_quantized": len(done),
+        "linears_quantized": count,
+        "experts_quantized": sum(layer.reason is None for layer in experts),
         "left": dict(left.most_common()),
     }

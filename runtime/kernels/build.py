@@ -29,7 +29,7 @@ from ..errors import SmeltError, UserError
 from ..integrity import cache_folder
 
 SOURCES = Path(__file__).parent / "cpu"
-TORCH_UNITS = ("ops_linear.cpp", "ops_attention.cpp", "ops_w8a8.cpp")
+TORCH_UNITS = ("ops_linear.cpp", "ops_attention.cpp", "ops_w8a8.cpp", "ops_experts.cpp")
 COMMON_FLAGS = ("-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w")
 AVX2_FLAGS = ("-DSMELT_AVX2", "-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = (

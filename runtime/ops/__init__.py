@@ -3,6 +3,7 @@
 from . import (  # noqa: F401
     attention,
     experts,
+    experts_quantized,
     gated_activation,
     linear,
     linear_fp8,

@@ -33,6 +33,9 @@ import torch
 from torch.nn import functional as F
 
 LANES = 16
+# Rows that are laid out at a time: the values lie one a byte meanwhile, and the experts of a layer
+# together have hundreds of thousands of rows.
+AT_ONCE = 1 << 14
 
 
 class Piece(NamedTuple):
@@ -121,6 +124,11 @@ def block(
     qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Canonical int4, int3 or int2 -> (packed, scales, zeros) in the blocked layout."""
+    if qweight.shape[0] > AT_ONCE:
+        pieces = zip(*(x.split(AT_ONCE) for x in (qweight, scales, zeros)), strict=True)
+        parts = [block(q, s, z, bits, k) for q, s, z in pieces]
+        packed, scales, zeros = map(torch.cat, zip(*parts, strict=True))
+        return packed, scales, zeros
     layout = WORDS[bits]
     values = F.pad(unpack(qweight, bits, k), (0, -k % layout.features))
     chunks = _block_rows(values).unflatten(1, (-1, layout.features))
@@ -143,6 +151,15 @@ def unblock(
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inverse of `block`."""
+    if n > AT_ONCE:
+        pieces = zip(*(x.split(AT_ONCE // LANES) for x in (packed, scales, zeros)), strict=True)
+        counts = [min(AT_ONCE, n - start) for start in range(0, n, AT_ONCE)]
+        parts = [
+            unblock(p, s, z, bits, count, k)
+            for (p, s, z), count in zip(pieces, counts, strict=True)
+        ]
+        qweight, scales, zeros = map(torch.cat, zip(*parts, strict=True))
+        return qweight, scales, zeros
     layout = WORDS[bits]
     chunks = packed.unflatten(1, (-1, layout.words))
     shape = (*chunks.shape[:2], layout.features, LANES)

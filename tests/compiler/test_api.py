@@ -7,33 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.steps import Stepper
+from helpers.quantized import module
+from helpers.steps import Opened, Stepper
 from helpers.tiny import Subject, tiny_program
 
 from smelt.compiler.api import Stopped, compile_model
 from smelt.compiler.numerics import compare
-from smelt.runtime.artifact import open_artifact
-from smelt.runtime.batch import Batch
 from smelt.runtime.errors import UserError
-
-
-class Opened:
-    """An opened artifact in the place of a program, for `Stepper`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.program = open_artifact(folder).program
-        self.caches = self.program.spec
-
-    def run(self, values: dict[str, torch.Tensor], weights: object) -> torch.Tensor:
-        groups = range(len(self.caches.groups))
-        batch = Batch(
-            *(values[n] for n in ("input_ids", "position_ids", "query_start", "seq_lens")),
-            [values[f"slot_mapping_{g}"] for g in groups],
-            [values[f"block_tables_{g}"] for g in groups],
-            values["logits_rows"],
-        )
-        caches = [values[f"kv_cache_{i}"] for i in range(self.caches.layers)]
-        return self.program.run(batch, caches)
 
 
 def compiled(subject: Subject, out: Path, **options: Any) -> Opened:
@@ -53,6 +33,19 @@ def test_an_artifact_gives_eagers_logits(
     stepper = Stepper(compiled(subject, tmp_path / "OUT", **options), {}, [subject.ids])  # type: ignore[arg-type]
     found = [stepper.step({0: n})[0] for n in (12, 1, 16)]
     torch.testing.assert_close(torch.cat(found), subject.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("quant", "bits"), [({}, 32), ({"quant": "rtn", "format": "int8"}, 8)])
+def test_a_token_reads_its_own_experts(tmp_path: Path, quant: dict[str, Any], bits: int) -> None:
+    """Two of four: half the bytes of the experts beside everything but the embedding."""
+    model = module("Mixtral", num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)
+    memory = compile_model(model, tmp_path / "out", backend="eager", **quant).manifest.memory
+    experts = 4 * 3 * 64 * 96 * bits // 8
+    scales = 4 * (2 * 96 + 64) * 2 if quant else 0
+    embedding = 128 * 64 * 4
+    assert memory["weight_bytes_per_token"] == (
+        memory["weights_bytes"] - embedding - (experts + scales) // 2
+    )
 
 
 def test_without_a_cache_nothing_is_written(tmp_path: Path) -> None:

@@ -112,6 +112,29 @@ def test_quantized_weights(tmp_path: Path) -> None:
     assert plan(path, dtype="fp32").weights_bytes == 2 * plain.weights_bytes
 
 
+def test_experts_count_matrix_by_matrix(tmp_path: Path) -> None:
+    mixtral = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    path = write(tmp_path, {**TINY, **mixtral, "num_local_experts": 4})
+    plain = plan(path)
+    linears = 2 * (64 * 64 * 2 + 64 * 32 * 2)
+    experts = 2 * 4 * 3 * 64 * 128
+    rest = plain.parameters - linears - experts
+    rows = 2 * (64 * 2 + 32 * 2)
+    expert_rows = 2 * 4 * (2 * 128 + 64)
+    int8 = plan(path, quant="rtn", format="int8")
+    assert int8.weights_bytes == 2 * rest + linears + experts + 2 * (rows + expert_rows)
+    # Linears of smoothquant have float32 scales; experts are int8 without activations.
+    w8a8 = plan(path, quant="smoothquant", alpha=0.5)
+    assert w8a8.weights_bytes == 2 * rest + linears + experts + 4 * rows + 2 * expert_rows
+    groups = 2 * (64 * 2 * 2 + 32 * 2 * 2) + 2 * 4 * (2 * 128 * 2 + 64 * 4)
+    int4 = plan(path, quant="awq", group_size=32)
+    assert int4.weights_bytes == 2 * rest + (linears + experts) // 2 + 3 * groups
+    assert not int4.notes
+    stored = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
+    kept = plan(write(tmp_path, {**TINY, **mixtral, "num_local_experts": 4, **stored}))
+    assert "experts count as float16: dequantized" in kept.notes
+
+
 def test_a_quantized_checkpoint_counts_as_it_is(tmp_path: Path) -> None:
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     model = write(tmp_path, {**LLAMA_7B, "quantization_config": config})

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from smelt.passes.program import Program
+from smelt.runtime.artifact import open_artifact
+from smelt.runtime.batch import Batch
+
+
+class Opened:
+    """An opened artifact in the place of a program, for `Stepper`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.program = open_artifact(folder).program
+        self.caches = self.program.spec
+
+    def run(self, values: dict[str, torch.Tensor], weights: object) -> torch.Tensor:
+        groups = range(len(self.caches.groups))
+        batch = Batch(
+            *(values[n] for n in ("input_ids", "position_ids", "query_start", "seq_lens")),
+            [values[f"slot_mapping_{g}"] for g in groups],
+            [values[f"block_tables_{g}"] for g in groups],
+            values["logits_rows"],
+        )
+        caches = [values[f"kv_cache_{i}"] for i in range(self.caches.layers)]
+        return self.program.run(batch, caches)
 
 
 class Stepper:
@@ -18,7 +40,7 @@ class Stepper:
 
     def __init__(
         self,
-        program: Program,
+        program: Program | Opened,
         weights: Mapping[str, torch.Tensor],
         sequences: Sequence[torch.Tensor],
     ) -> None:

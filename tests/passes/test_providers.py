@@ -5,11 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.check_pass import check_pass, logits_of
-from helpers.tiny import Subject, Toy, clone_program, program_of, tiny_lowered, tiny_program
+from helpers.quantized import copy_of, module
+from helpers.tiny import (
+    Subject,
+    Toy,
+    after,
+    clone_program,
+    program_of,
+    tiny_lowered,
+    tiny_program,
+)
 from torch import nn
 
 from smelt.compiler.manager import PassManager, Stage
 from smelt.compiler.pipeline import PipelineConfig, pipeline, portable_stages
+from smelt.compiler.quantization import METHODS, stage_for
+from smelt.compiler.weights import ModuleSource
+from smelt.passes.attention.kv_cache import InsertKvCache
+from smelt.passes.attention.logits_rows import KeepLogitsRows
 from smelt.passes.dialect import verify
 from smelt.passes.program import Dialect
 from smelt.passes.providers import INVERSES, ChooseProviders
@@ -167,9 +180,95 @@ def test_on_another_device_quantized_linears_are_dequantized_in_the_graph() -> N
     torch.testing.assert_close(logits_of(program, subject.source, subject.ids), before)
 
 
-def test_experts_say_that_they_have_no_kernel() -> None:
-    record = tiny_lowered("mixtral").program.records[-1]
-    experts = [note for note in record["notes"] if note["operator"] == "experts"]
-    assert len(experts) == 2
-    assert all(note["provider"] == "reference" for note in experts)
-    assert all("no kernel yet" in note["reason"] for note in experts)
+def test_experts_get_a_kernel() -> None:
+    program = tiny_lowered("mixtral").program
+    experts = [note for note in program.records[-1]["notes"] if note["operator"] == "experts"]
+    assert [note["provider"] for note in experts] == ["cpu", "cpu"]
+    assert all("rows each expert got" in note["reason"] for note in experts)
+    assert len(program.calls(torch.ops.smelt.experts_dense.default)) == 2
+
+
+EXPERT_SPECS = {
+    "int4": QuantSpec("rtn", "int4", 16),
+    "int3": QuantSpec("rtn", "int3", 0),
+    "int2": QuantSpec("rtn", "int2", 16),
+    "int8": QuantSpec("rtn", "int8"),
+    "fp8": QuantSpec("rtn", "fp8"),
+}
+
+
+def with_quantized_experts(spec: QuantSpec, family: str = "Mixtral", **sizes: int) -> Subject:
+    model = module(family, num_hidden_layers=1, num_local_experts=3, **sizes)
+    subject = Subject(copy_of(model), ModuleSource(model), torch.arange(11))
+    pass_ = METHODS[spec.method]()
+    pass_.run(subject.program, stage_for(spec).options)
+    return after(subject, KeepLogitsRows(), InsertKvCache())
+
+
+@pytest.mark.parametrize("format_", list(EXPERT_SPECS))
+def test_quantized_experts_get_blocked_weights_that_can_be_turned_back(format_: str) -> None:
+    subject = with_quantized_experts(EXPERT_SPECS[format_])
+    found = check_pass(
+        subject,
+        ChooseProviders(),
+        before={"smelt.experts_quantized": 1},
+        after={"smelt.experts_quantized": 0, "smelt.experts_quantized_blocked": 1},
+    )
+    plan = found.program.weights
+    steps = [s for s in plan.steps if s.op == f"block_{format_}" and "experts" in s.inputs[0]]
+    assert len(steps) == 2
+    for step in steps:
+        values = dict(plan.materialize([*step.inputs, *step.outputs], subject.source))
+        back = INVERSES[step.op](*(values[name] for name in step.outputs), **step.args)
+        for original, restored in zip(step.inputs, back, strict=True):
+            assert torch.equal(values[original], restored)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes", "reason"),
+    [
+        (QuantSpec("rtn", "int4", 16), {"intermediate_size": 44}, "88 rows, which fill no blocks"),
+        (QuantSpec("rtn", "int4", 24), {"hidden_size": 96}, "groups of 24 features end inside"),
+        (QuantSpec("fp8", group_size=128), {}, "192 rows end inside a block of 128 x 128 scales"),
+    ],
+)
+def test_experts_that_no_kernel_takes_go_to_the_reference(
+    spec: QuantSpec, sizes: dict[str, int], reason: str
+) -> None:
+    subject = with_quantized_experts(spec, **sizes)
+    found = check_pass(
+        subject,
+        ChooseProviders(),
+        before={"smelt.experts_quantized": 1},
+        after={"smelt.experts_quantized": 1},
+    )
+    (note,) = [n for n in found.record["notes"] if n["operator"] == "experts_quantized"]
+    assert note["provider"] == "reference" and reason in note["reason"]
+
+
+def test_experts_elsewhere_go_to_the_reference() -> None:
+    subject = with_quantized_experts(EXPERT_SPECS["int4"])
+    subject.program.target = "cuda"
+    result = ChooseProviders().run(subject.program, ChooseProviders.options({}))
+    (note,) = [n for n in result.notes if n["operator"] == "experts_quantized"]
+    assert (note["provider"], note["reason"]) == ("reference", "no kernel yet")
+
+
+class MadeExperts(Toy):
+    """Experts whose matrices are computed."""
+
+    def body(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        index = (positions[0] % 2)[:, None]
+        weight = torch.ones_like(index, dtype=torch.float32)
+        gate_up = self.head.weight[None, :16].repeat(2, 1, 1)
+        down = self.head.weight[None, :16, :8].repeat(2, 1, 1)
+        return torch.ops.smelt.experts(x[0], index, weight, gate_up, down, "silu")[None]
+
+
+def test_computed_experts_go_to_the_reference() -> None:
+    found = check_pass(
+        MadeExperts(), ChooseProviders(), before={"smelt.experts": 1}, after={"smelt.experts": 1}
+    )
+    notes = {note["operator"]: note for note in found.record["notes"]}
+    assert notes["experts"]["provider"] == "reference"
+    assert notes["experts"]["reason"] == "an expert's matrix is not a weight"

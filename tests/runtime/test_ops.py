@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
+from smelt.runtime.ops import packing
 from smelt.runtime.ops.gated_activation import ACTIVATIONS, activate
 from smelt.runtime.ops.linear import GROUPED_BITS
 from smelt.runtime.ops.packing import (
@@ -234,6 +235,17 @@ def test_grouped_layouts_go_there_and_back(n: int, k: int, group: int, bits: int
         torch.testing.assert_close(found, F.linear(x, weight, bias), atol=1e-3, rtol=1e-3)
 
 
+def test_many_rows_are_laid_out_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k, bits = 100, 32, 4
+    q = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    scales, zeros = torch.rand(n, 2).bfloat16(), torch.randint(0, 16, (n, 2), dtype=torch.uint8)
+    want = block(q, scales, zeros, bits, k)
+    monkeypatch.setattr(packing, "AT_ONCE", 32)
+    found = block(q, scales, zeros, bits, k)
+    assert all(map(torch.equal, found, want))
+    assert all(map(torch.equal, unblock(*found, bits, n, k), (q, scales, zeros)))
+
+
 @pytest.mark.parametrize(("n", "k", "group"), [(16, 32, 8), (20, 24, 24), (33, 6, 6)])
 def test_int8_layouts_go_there_and_back(n: int, k: int, group: int) -> None:
     q = torch.randint(-127, 128, (n, k), dtype=torch.int8)
@@ -277,10 +289,13 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "rms_norm": (x, None, 1e-5, 0.0),
         "rope": (heads(3), table, table, False),
         "gated_activation": (x, x, "silu"),
-        "experts": (
-            *(x.float(), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)),
-            *(torch.randn(2, 6, 16), torch.randn(2, 16, 3), "silu"),
-        ),
+        **{
+            f"experts{suffix}": (
+                *(x.float(), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)),
+                *(torch.randn(2, 6, 16), torch.randn(2, 16, 3), "silu"),
+            )
+            for suffix in ("", "_dense")
+        },
         "linear": (x, torch.randn(20, 16, dtype=torch.bfloat16), None),
         "linear_int4": (x, q4, scales, zeros, None),
         "linear_int3": (x, q4[:, :6], scales, zeros, None),

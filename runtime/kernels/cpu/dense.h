@@ -112,11 +112,11 @@ void dense_rows(const Dense& d, int64_t first, int64_t last) {
 
 int64_t dense_scratch(const Dense& d) { return d.m * round_up(d.k, kStep) * (int64_t)sizeof(float); }
 
-void dense_prepare(const Dense& d) {
+void dense_prepare(const Dense& d, int64_t first, int64_t last) {
   with_type(d.type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using X = typename Product<T>::X;
-    for (int64_t m = 0; m < d.m; m++)
+    for (int64_t m = first; m < last; m++)
       Product<T>::pack((const T*)d.x + m * d.k, (X*)d.packed_x + m * round_up(d.k, kStep), d.k);
   });
 }

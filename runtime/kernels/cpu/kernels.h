@@ -63,6 +63,9 @@ struct Fp8 {
   int64_t m, n, k, groups, group, x_group;  // features of a weight's group, and of one of x
 };
 
+// In the order of ACTIVATIONS (runtime/ops/gated_activation.py).
+enum class Activation : int { Silu = 0, Gelu = 1, GeluTanh = 2, Relu = 3 };
+
 // How a cache holds the values of a head's row (runtime/ops/cache_format.py): elements of a Type,
 // or bytes with the row's float16 parameters behind them.
 enum class Form : int { Elements, Fp8, Int8, Int4 };
@@ -107,7 +110,7 @@ constexpr int64_t kTileRows = 64;    // rows (token x head) a tile aims at
 struct Kernels {
   const char* name;
   int64_t (*dense_scratch)(const Dense&);
-  void (*dense_prepare)(const Dense&);
+  void (*dense_prepare)(const Dense&, int64_t first_row, int64_t last_row);
   void (*dense)(const Dense&, int64_t first_row, int64_t last_row);
   int64_t (*quantized_scratch)(const Quantized&);
   void (*quantized_prepare)(const Quantized&, int64_t first_row, int64_t last_row);
@@ -123,6 +126,11 @@ struct Kernels {
   int64_t (*fp8_scratch)(const Fp8&);
   void (*fp8_prepare)(const Fp8&, int64_t first_row, int64_t last_row);
   void (*fp8)(const Fp8&, int64_t first_block, int64_t last_block);
+  // out[n] = act(wide[:n]) * wide[n:2n]
+  void (*gate)(Type, Activation, const void* wide, void* out, int64_t n);
+  // out[n] = sum of weights[i] * rows[places[i], :n], in the order of i
+  void (*combine)(Type, const void* rows, const int64_t* places, const float* weights,
+                  int64_t count, void* out, int64_t n);
   // bytes of a thread's scratch and of the state (max, sum, weighted values) of a tile
   int64_t (*attention_scratch)(const Attention&);
   int64_t (*attention_state)(const Attention&, const Tile&);

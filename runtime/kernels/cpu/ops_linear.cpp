@@ -10,6 +10,7 @@
 #include <new>
 #include <optional>
 
+#include "arguments.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "types.h"
@@ -58,7 +59,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   Dense d{*type, weight.const_data_ptr(), bias_data(bias, x, n, keep), rows.const_data_ptr(),
           nullptr, out.mutable_data_ptr(), m, n, k};
   d.packed_x = thread_buffer<0>(run.dense_scratch(d));
-  run.dense_prepare(d);
+  run.dense_prepare(d, 0, m);
   for_pieces(n, 4, k * weight.element_size(),
              [&](int64_t first, int64_t last) { run.dense(d, first, last); });
   return out;
@@ -67,7 +68,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
 // Many rows: panels of the weight are dequantized (transposed) and go through torch's product.
 Tensor many_rows(const Kernels& run, Quantized q, const Tensor& x, const OptionalTensor& bias) {
   const Tensor rows = x.reshape({q.m, q.k});
-  const int64_t blocks = (q.n + kLanes - 1) / kLanes;
+  const int64_t blocks = blocks_of(q.n);
   const int64_t block_bytes = q.k * kLanes * x.element_size();
   const int64_t each = std::min(blocks, std::max<int64_t>(1, kPanelBytes / block_bytes));
   // Kept: fresh pages for each call would cost more than filling them.
@@ -93,20 +94,6 @@ Tensor many_rows(const Kernels& run, Quantized q, const Tensor& x, const Optiona
   return out.view(output_of(x, q.n).sizes());
 }
 
-// Elements of packed weight for sixteen rows, over sixteen (runtime/ops/packing.py).
-int64_t words_of(int bits, int64_t k) {
-  switch (bits) {
-    case 2:
-      return (k + 15) / 16;
-    case 3:
-      return 3 * ((k + 31) / 32);
-    case 4:
-      return (k + 7) / 8;
-    default:
-      return k;
-  }
-}
-
 Tensor quantized(Quantized q, const Tensor& x, const Tensor& packed, const Tensor& scales,
                  const OptionalTensor& zeros, const OptionalTensor& bias) {
   const auto type = type_of(x.scalar_type());
@@ -114,22 +101,7 @@ Tensor quantized(Quantized q, const Tensor& x, const Tensor& packed, const Tenso
   q.type = *type;
   q.k = x.size(-1);
   q.m = rows_of(x, q.k);
-  const int64_t words = words_of(q.bits, q.k), blocks = (q.n + kLanes - 1) / kLanes;
-  TORCH_CHECK(packed.dim() == 3 && packed.size(0) == blocks && packed.size(1) == words &&
-                  packed.size(2) == kLanes && packed.is_contiguous() &&
-                  packed.scalar_type() == (q.bits < 8 ? at::kInt : at::kChar),
-              "smelt: packed weight ", packed.sizes(), " does not hold ", q.n, " x ", q.k);
-  TORCH_CHECK(scales.dim() == 3 && scales.size(0) == blocks && scales.size(2) == kLanes &&
-                  scales.is_contiguous() && scales.scalar_type() == at::kBFloat16 &&
-                  scales.size(1) > 0 && q.k % scales.size(1) == 0,
-              "smelt: scales ", scales.sizes(), " do not divide ", q.n, " x ", q.k);
-  TORCH_CHECK(!zeros || (zeros->sizes() == scales.sizes() && zeros->is_contiguous() &&
-                         zeros->scalar_type() == at::kByte),
-              "smelt: zeros do not have the shape of scales");
-  q.groups = scales.size(1);
-  q.packed = packed.const_data_ptr();
-  q.scales = (const uint16_t*)scales.const_data_ptr();
-  q.zeros = zeros ? (const uint8_t*)zeros->const_data_ptr() : nullptr;
+  set_weight(q, q.n, packed, scales, zeros);
   if (q.m == 0) return output_of(x, q.n);
   const Kernels& run = kernels();
   if (q.m > run.quantized_rows(q)) return many_rows(run, q, x, bias);
@@ -145,8 +117,8 @@ Tensor quantized(Quantized q, const Tensor& x, const Tensor& packed, const Tenso
     for_pieces(q.m, 1, q.k * size,
                [&](int64_t first, int64_t last) { run.quantized_prepare(q, first, last); });
     // A piece's cost grows with the rows that share it.
-    const int64_t cost = words * kLanes * packed.element_size() * ((q.m + 3) / 4);
-    for_pieces(blocks, 4, cost,
+    const int64_t cost = words_of(q.bits, q.k) * kLanes * packed.element_size() * ((q.m + 3) / 4);
+    for_pieces(blocks_of(q.n), 4, cost,
                [&](int64_t first, int64_t last) { run.quantized(q, first, last); });
   }
   return out;

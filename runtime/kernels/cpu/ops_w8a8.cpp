@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "arguments.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "types.h"
@@ -55,7 +56,7 @@ const void* bias_of(const OptionalTensor& bias, const Tensor& x, int64_t n, Tens
 template <class Q, class Scratch, class Prepare, class Multiply>
 void in_portions(Q q, const Tensor& x, Tensor& out, int64_t block_bytes, void* Q::*scratch,
                  Scratch bytes, Prepare prepare, Multiply multiply) {
-  const int64_t m = q.m, size = x.element_size(), blocks = (q.n + kLanes - 1) / kLanes;
+  const int64_t m = q.m, size = x.element_size(), blocks = blocks_of(q.n);
   for (int64_t row = 0; row < m; row += kRowsAtOnce) {
     q.m = std::min(kRowsAtOnce, m - row);
     q.x = (const char*)x.const_data_ptr() + row * q.k * size;
@@ -75,7 +76,7 @@ Tensor linear_w8a8_blocked(const Tensor& x, const Tensor& packed, const Tensor& 
   Tensor keep, out = set_shapes(q, x, scales.size(0));
   TORCH_CHECK(q.k <= kMaxK, "smelt: int8 sums over ", q.k, " features may overflow; ", kMaxK,
               " is the most");
-  TORCH_CHECK(packed.dim() == 4 && packed.size(0) == (q.n + kLanes - 1) / kLanes &&
+  TORCH_CHECK(packed.dim() == 4 && packed.size(0) == blocks_of(q.n) &&
                   packed.size(1) == (q.k + 3) / 4 && packed.size(2) == kLanes &&
                   packed.size(3) == 4 && packed.is_contiguous() &&
                   packed.scalar_type() == at::kChar,
@@ -95,24 +96,12 @@ Tensor linear_fp8_blocked(const Tensor& x, const Tensor& packed, const Tensor& s
                           c10::string_view activations, int64_t block, int64_t n) {
   Fp8 q{};
   Tensor keep, out = set_shapes(q, x, n);
-  const int64_t blocks = (n + kLanes - 1) / kLanes;
-  q.group = block ? block : std::max<int64_t>(q.k, 1);
-  q.groups = std::max<int64_t>(1, (q.k + q.group - 1) / q.group);
+  set_weight(q, n, packed, scales, block);
   q.quantize_x = activations != "none";
   q.input_scale = input_scale_of(input_scale);
   q.x_group = activations == "dynamic" ? q.group : std::max<int64_t>(q.k, 1);
   TORCH_CHECK((activations == "static") == (q.input_scale != nullptr),
               "smelt: an input scale belongs to static activations, and only to them");
-  TORCH_CHECK(packed.dim() == 3 && packed.size(0) == blocks && packed.size(1) == q.k &&
-                  packed.size(2) == kLanes && packed.is_contiguous() &&
-                  packed.scalar_type() == at::kFloat8_e4m3fn,
-              "smelt: packed weight ", packed.sizes(), " does not hold ", n, " x ", q.k);
-  TORCH_CHECK(scales.dim() == 3 && scales.size(0) == blocks && scales.size(1) == q.groups &&
-                  scales.size(2) == kLanes && scales.is_contiguous() &&
-                  scales.scalar_type() == at::kFloat,
-              "smelt: scales ", scales.sizes(), " do not fit ", n, " x ", q.k);
-  q.packed = (const uint8_t*)packed.const_data_ptr();
-  q.scales = scales.const_data_ptr<float>();
   q.bias = bias_of(bias, x, n, keep);
   const Kernels& run = kernels();
   in_portions(q, x.contiguous(), out, q.k * kLanes * 4, &Fp8::packed_x, run.fp8_scratch,

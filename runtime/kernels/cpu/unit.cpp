@@ -39,6 +39,7 @@ namespace {
 #include "cache_rows.h"
 #include "w8a8.h"
 #include "fp8.h"
+#include "experts.h"
 #include "attention.h"
 
 }  // namespace
@@ -52,6 +53,7 @@ const Kernels table = {
     quantized_scratch,     quantized_prepare, quantized_rows, quantized, dequantize,
     w8a8_scratch,          w8a8_prepare,      w8a8,
     fp8_scratch,           fp8_prepare,       fp8,
+    gate,                  combine,
     attention_scratch,     attention_state,   attention_chunk, attention_merge,
     attention_finish,      convert,           quantize,
 };

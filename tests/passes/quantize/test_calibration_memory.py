@@ -14,6 +14,8 @@ from smelt.passes.quantize import QuantSpec, formats
 from smelt.passes.quantize.awq import Awq
 from smelt.passes.quantize.calibrate import CalibrationOptions, calibrate
 from smelt.passes.quantize.calibration_memory import Memory
+from smelt.passes.quantize.expert_layers import ExpertLayers
+from smelt.passes.quantize.experts import find_experts
 from smelt.passes.quantize.fp8 import StaticFp8
 from smelt.passes.quantize.gptq import Gptq
 from smelt.passes.quantize.groups import find_groups
@@ -30,18 +32,24 @@ METHODS: dict[str, tuple[Any, QuantSpec]] = {
 
 
 def measured(
-    name: str, samples: list[list[int]], dtype: torch.dtype, rows: int, **sizes: int
+    name: str,
+    samples: list[list[int]],
+    dtype: torch.dtype,
+    rows: int,
+    family: str = "Llama",
+    **sizes: int,
 ) -> tuple[int, Memory]:
     """(bytes really allocated at the peak, the plan)."""
     method, spec = METHODS[name]
-    model = module("Llama", num_hidden_layers=2, **sizes).to(dtype)
+    model = module(family, num_hidden_layers=2, **sizes).to(dtype)
     program, told = program_of(model), []
     groups = find_groups(program, find_linears(program, spec))
     options = CalibrationOptions(
         spec, samples, ModuleSource(model), max_rows=rows, planned=told.append
     )
+    layers = ExpertLayers(program, find_experts(program, spec), name, method, options)
     with PeakMemory() as memory:
-        calibrate(program, groups, method, options)
+        calibrate(program, groups, method, options, layers)
     (plan,) = told
     return memory.peak, plan
 
@@ -54,6 +62,14 @@ def test_the_plan_is_within_15_percent(name: str, dtype: torch.dtype) -> None:
     for samples in (few, many):
         found, plan = measured(name, samples, dtype, 64, **sizes)
         assert plan.bytes == pytest.approx(found, rel=0.15), (name, len(samples))
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq"])
+def test_experts_are_planned_one_by_one(name: str) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_local_experts": 8}
+    for samples in (random_ids(2, 100), random_ids(30, 100)):
+        found, plan = measured(name, samples, torch.float32, 64, "Mixtral", **sizes)
+        assert plan.bytes == pytest.approx(found, rel=0.15), len(samples)
 
 
 def test_a_search_works_on_a_bounded_part_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:

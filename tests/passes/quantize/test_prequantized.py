@@ -242,7 +242,12 @@ def test_experts_of_a_quantized_mixture_are_dequantized(tmp_path: Path) -> None:
     (packed / "config.json").write_text(json.dumps(config))
     subject = bound(packed, model)
     result = KeepQuantized().run(subject.program, PrequantizedOptions(subject.source))
-    assert sum("experts" in reason for _, reason in result.declined) == 2
+    reason = "dequantized: the integers of a checkpoint's experts are not kept"
+    notes = {note["layer"]: note for note in result.notes if "layer" in note}
+    for layer in range(2):
+        note = notes[f"model.layers.{layer}.mlp.experts"]
+        assert (note["format"], note["reason"]) == ("16 bit", reason)
+    assert f"experts ({reason})" in result.notes[-1]["summary"]
     found = subject.program.run(
         {"input_ids": IDS, "position_ids": torch.arange(len(IDS))}, weights_of(subject)
     )[0]

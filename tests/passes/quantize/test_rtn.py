@@ -105,13 +105,6 @@ def test_summary_line_counts_parameters_once() -> None:
     )
 
 
-def test_experts_are_listed_as_left() -> None:
-    program, _ = traced("Mixtral", num_hidden_layers=1, num_local_experts=4)
-    result = quantize(program, QuantSpec("rtn", "int4", 32))
-    assert "experts (not supported yet)" in result.notes[-1]["summary"]
-    assert any("experts" in reason for _, reason in result.declined)
-
-
 def test_nan_in_a_weight_names_the_layer_when_it_is_made() -> None:
     model = module("Llama", num_hidden_layers=1)
     with torch.no_grad():
