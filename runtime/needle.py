@@ -28,6 +28,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TRIALS = 4
 # Without a wish, no prompt is longer: a prefill of more takes minutes on a CPU.
 DEFAULT_LENGTH = 16384
+# A question in small tokens takes half of that.
+SHORTEST = 256
 
 # (token ids of prompts, how many last tokens of each) -> logits of those tokens, [last, V] each.
 ScoreLast = Callable[[list[list[int]], list[int]], list[torch.Tensor]]
@@ -104,9 +106,9 @@ class Retrieval:
 
 
 def default_lengths(capacity: int) -> tuple[int, ...]:
-    """A quarter, half and all of the context, at most `DEFAULT_LENGTH`."""
+    """A quarter, half and all of the context, between `SHORTEST` and `DEFAULT_LENGTH`."""
     most = min(capacity, DEFAULT_LENGTH)
-    return (most // 4, most // 2, most)
+    return (*(n for n in (most // 4, most // 2) if n >= SHORTEST), most)
 
 
 def retrieval(

@@ -132,7 +132,8 @@ def test_progress_counts_prompts(tokenizer: Tokenizer) -> None:
 
 
 def test_lengths_follow_the_context() -> None:
-    assert default_lengths(512) == (128, 256, 512)
+    assert default_lengths(128) == (128,)
+    assert default_lengths(512) == (256, 512)
     assert default_lengths(131072) == (4096, 8192, 16384)
 
 
