@@ -22,6 +22,7 @@ from .data import END, SPECIAL_TOKENS, read_heldout, render
 from .tasks import Sample, check
 
 GenerateFn = Callable[[list[str]], list[str]]
+PredictFn = Callable[[list[list[int]]], list[list[int]]]
 # Most tokens of an answer; the longest of the held-out set takes fewer.
 MAX_TOKENS = 96
 
@@ -59,6 +60,47 @@ def task_accuracy(
         )
         scores[task] = right / len(chosen)
     return scores
+
+
+def scored_accuracy(
+    predict: PredictFn, encode: Callable[[str], list[int]], n_per_task: int = 64, seed: int = 0
+) -> dict[str, float]:
+    """As `task_accuracy`, with a forward pass in place of generation.
+
+    An answer is right if each of its tokens, the end token included, is the most likely one after
+    those before it: that is when greedy decoding writes it. `predict` is given the tokens of
+    rendered chats and returns the most likely token after each of them; `encode` adds no special
+    tokens.
+    """
+
+    def right(asked: list[tuple[Sample, str]]) -> list[bool]:
+        prompts = [render(sample.messages, add_generation_prompt=True) for sample, _ in asked]
+        before = [len(encode(prompt)) for prompt in prompts]
+        tokens = [encode(p + answer + END) for p, (_, answer) in zip(prompts, asked, strict=True)]
+        likely = predict(tokens)
+        return [
+            best[start - 1 : -1] == ids[start:]
+            for best, ids, start in zip(likely, tokens, before, strict=True)
+        ]
+
+    scores: dict[str, float] = {}
+    for task, chosen in questions(n_per_task, seed).items():
+        usual = right([(sample, sample.answer) for sample in chosen])
+        # Most are right at once; other forms of the answer are tried where they are not.
+        missed = [sample for sample, known in zip(chosen, usual, strict=True) if not known]
+        tries = [(sample, form) for sample in missed for form in _other_forms(sample)]
+        found = {
+            id(sample) for (sample, _), known in zip(tries, right(tries), strict=True) if known
+        }
+        scores[task] = (sum(usual) + len(found)) / len(chosen)
+    return scores
+
+
+def _other_forms(sample: Sample) -> list[str]:
+    """What `check` accepts beside the usual answer: other answers, with a full stop and without."""
+    bare = [answer.rstrip(".") for answer in sample.answers]
+    forms = dict.fromkeys([*sample.answers, *bare, *(f"{text}." for text in bare)])
+    return [form for form in forms if form != sample.answer]
 
 
 def transformers_generate_fn(folder: Path, batch_size: int = 64) -> GenerateFn:
