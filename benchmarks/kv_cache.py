@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--chunk", type=int, default=64, help="tokens of a prefill step")
     parser.add_argument("--windows", type=int, default=64, help="at most so many")
-    parser.add_argument("--needles", type=int, default=16, help="prompts a length and depth")
+    parser.add_argument("--needles", type=int, default=8, help="prompts a length and depth")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "kv_cache.json"
     )
