@@ -54,8 +54,9 @@ demo: $(STAMP) ## compile the shipped model with AWQ and talk to it
 bench: $(STAMP) ## decode and start-up against transformers, one interleaved run
 	$(BIN)/python -m benchmarks.decode
 
-bench-quality: $(STAMP) ## perplexity and KL of every scheme on the test checkpoints
+bench-quality: $(STAMP) ## perplexity, KL, demo accuracy of every scheme; needles of every cache
 	$(BIN)/python -m benchmarks.quality --docs docs/quantization.md
+	$(BIN)/python -m benchmarks.kv_cache --windows 12 --docs docs/quantization.md
 
 size: ## lines of code by folder
 	@for d in compiler passes runtime models cli smelt tests; do \

@@ -9,7 +9,9 @@ what is measured is the cache alone. The text is cut into windows of --context t
 overlap; each is prefilled in chunks of --chunk tokens, as the engine would. Every key and value is
 read back from the cache, so the size of the chunks does not matter. The first token of a window is
 not scored. KL and top-1: against the model with a float32 cache, at every position. "a token":
-bytes of the cache that one token takes; of `auto`, where the model computes in 16 bits.
+bytes of the cache that one token takes; of `auto`, where the model computes in 16 bits. Needles
+are those of `smelt eval --needle`: the demo model's own for it, `repeat` for the others; found and
+gain are means over prompts of half and all of the context at five depths.
 """
 
 from __future__ import annotations
@@ -31,9 +33,13 @@ from smelt.compiler.manager import PassManager
 from smelt.compiler.pipeline import PipelineConfig, pipeline
 from smelt.compiler.trace import export, program_from_export
 from smelt.compiler.weights import ModuleSource
+from smelt.models.demo import needle as demo_needle
 from smelt.passes.program import Program
+from smelt.runtime.haystack import repeat
 from smelt.runtime.kernels import build
+from smelt.runtime.needle import Retrieval, retrieval
 from smelt.runtime.ops.cache_format import CACHE_FORMATS
+from smelt.runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SMELT_DATA") or ROOT.parent / "shared" / "data")
@@ -44,7 +50,10 @@ BEGIN, END = "<!-- kv-cache:begin -->", "<!-- kv-cache:end -->"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. token_bytes: of the cache, a token, where `auto` is 16 bits."""
+    """One line of the table. token_bytes: of the cache, a token, where `auto` is 16 bits.
+
+    needle: its kind; found, gain: means over `cells` (`smelt.runtime.needle.Cell`).
+    """
 
     model: str
     format: str
@@ -53,6 +62,10 @@ class Row:
     kl: float
     top1: float
     token_bytes: int
+    needle: str
+    found: float
+    gain: float
+    cells: list[dict[str, float]]
 
 
 def step_program(module: Any, kv_cache: str) -> Program:
@@ -83,19 +96,36 @@ def steps(program: Program, ids: torch.Tensor, chunk: int) -> Iterator[dict[str,
         yield {**values, **caches}
 
 
-def run(
-    program: Program, source: ModuleSource, windows: list[torch.Tensor], chunk: int
-) -> list[torch.Tensor]:
-    """Log-probabilities float32 [T, V] of each window."""
-    weights = dict(program.weights.materialize(program.used_weights(), source))
-    out = []
-    for ids in windows:
-        parts = []
-        for values in steps(program, ids, chunk):
-            result = program.run(values, weights)
-            parts.append(result[0] if isinstance(result, list | tuple) else result)
-        out.append(torch.cat(parts).float().log_softmax(-1))
-    return out
+Weights = dict[str, torch.Tensor]
+
+
+def logits(program: Program, weights: Weights, ids: torch.Tensor, chunk: int) -> torch.Tensor:
+    """float32 [T, V] of a sequence [T]."""
+    parts = []
+    for values in steps(program, ids, chunk):
+        result = program.run(values, weights)
+        parts.append(result[0] if isinstance(result, list | tuple) else result)
+    return torch.cat(parts).float()
+
+
+def is_demo(folder: Path) -> bool:
+    return folder.resolve().parent == DEMO.parent
+
+
+def needles(
+    folder: Path, program: Program, weights: Weights, context: int, text: str, trials: int
+) -> Retrieval:
+    """The needle test on a program; a prompt is prefilled in one step."""
+
+    def score(prompts: list[list[int]], last: list[int]) -> list[torch.Tensor]:
+        return [
+            logits(program, weights, torch.tensor(ids), len(ids))[-count:]
+            for ids, count in zip(prompts, last, strict=True)
+        ]
+
+    haystack = demo_needle.haystack() if is_demo(folder) else repeat(text)
+    lengths = (context // 2, context)
+    return retrieval(haystack, Tokenizer(folder), score, lengths, trials=trials)
 
 
 def token_bytes(program: Program) -> int:
@@ -118,7 +148,8 @@ def measure(folder: Path, text: str, given: argparse.Namespace) -> Iterator[Row]
     reference: list[torch.Tensor] = []
     for name in CACHE_FORMATS:
         program = step_program(module, name)
-        found = run(program, ModuleSource(module), windows, given.chunk)
+        weights = dict(program.weights.materialize(program.used_weights(), ModuleSource(module)))
+        found = [logits(program, weights, ids, given.chunk).log_softmax(-1) for ids in windows]
         reference = reference or found
         loss, kl, same, tokens = 0.0, 0.0, 0, 0
         for p, q, window in zip(reference, found, windows, strict=True):
@@ -126,6 +157,7 @@ def measure(folder: Path, text: str, given: argparse.Namespace) -> Iterator[Row]
             kl += float((p.exp() * (p - q)).sum())
             same += int((p.argmax(-1) == q.argmax(-1)).sum())
             tokens += len(window)
+        asked = needles(folder, program, weights, context, text, given.needles)
         assert program.caches is not None
         yield Row(
             folder.name,
@@ -135,14 +167,19 @@ def measure(folder: Path, text: str, given: argparse.Namespace) -> Iterator[Row]
             kl / tokens,
             same / tokens,
             token_bytes(program),
+            "demo" if is_demo(folder) else "repeat",
+            asked.mean("found"),
+            asked.mean("gain"),
+            [asdict(cell) for cell in asked.cells],
         )
 
 
 def table(rows: list[Row]) -> str:
     plain = {r.model: r for r in rows if r.format == "auto"}
     lines = [
-        "| model | head size | KV cache | a token | perplexity | KL to a float32 cache | top-1 |",
-        "|---|---|---|---|---|---|---|",
+        "| model | head size | KV cache | a token | perplexity | KL to a float32 cache | top-1 "
+        "| needle | found | gain |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         base = plain[r.model]
@@ -152,7 +189,7 @@ def table(rows: list[Row]) -> str:
             size, moved = f"{r.token_bytes} B", f"{r.perplexity:.3f}"
         lines.append(
             f"| {r.model} | {r.head_size} | {r.format} | {size} | {moved} | {r.kl:.5f} "
-            f"| {100 * r.top1:.1f} % |"
+            f"| {100 * r.top1:.1f} % | {r.needle} | {100 * r.found:.0f} % | {r.gain:.3f} |"
         )
     return "\n".join(lines)
 
@@ -166,6 +203,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--chunk", type=int, default=64, help="tokens of a prefill step")
     parser.add_argument("--windows", type=int, default=64, help="at most so many")
+    parser.add_argument("--needles", type=int, default=8, help="prompts a length and depth")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "kv_cache.json"
     )
@@ -187,6 +225,7 @@ def main() -> None:
         "context": given.context,
         "chunk": given.chunk,
         "windows": given.windows,
+        "needles": given.needles,
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "machine": platform.machine(),

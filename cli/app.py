@@ -31,7 +31,7 @@ VERBS = {
     "trace": ("trace", "Whether a model class exports and matches eager, quickly."),
     "export": ("export", "Write an artifact's weights as a Hugging Face folder."),
     "plan": ("plan", "Memory a model will need, before anything is built."),
-    "eval": ("eval", "Perplexity, and distance from the original model."),
+    "eval": ("eval", "Perplexity, distance from the original, needles, tasks."),
     "bench": ("bench", "Speed of an artifact against this machine's bandwidth."),
     "doctor": ("doctor", "What this machine has and what smelt can do on it."),
 }

@@ -44,7 +44,9 @@ def command(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bf16, fp16, fp32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    calib: Annotated[str, typer.Option(help="FILE.txt, FILE.jsonl or builtin.")] = "builtin",
+    calib: Annotated[
+        str, typer.Option(help="FILE.txt, FILE.jsonl, hf:NAME[:SPLIT] or builtin.")
+    ] = "builtin",
     calib_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     calib_seqlen: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
     opt: Annotated[str, typer.Option(help="O0 correct, O1 canonical, O2 fused.")] = "O2",

@@ -245,11 +245,16 @@ class LLM:
             return params
         return replace(params, stop_token_ids=(*params.stop_token_ids, end))
 
-    def logits(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """One float32 [len, V] tensor a prompt; row i: the logits after its tokens 0 to i."""
+    def logits(
+        self, prompts: Sequence[Sequence[int]], last: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """One float32 [len, V] tensor a prompt; row i: the logits after its tokens 0 to i.
+
+        last: of each prompt, only the rows of so many last tokens.
+        """
         from .scoring import score
 
-        return score(self.engine, prompts)
+        return score(self.engine, prompts, last)
 
     def close(self) -> None:
         """Release caches and program; the object cannot be used after it."""

@@ -12,16 +12,23 @@ from .sampling_params import SamplingParams
 from .sequence import Chunk, Sequence
 
 
-def score(engine: Engine, prompts: Items[Items[int]]) -> list[torch.Tensor]:
+def score(
+    engine: Engine, prompts: Items[Items[int]], last: Items[int] | None = None
+) -> list[torch.Tensor]:
     """One float32 [len, V] tensor a prompt: row i holds the logits after its tokens 0 to i.
 
-    Prompts are packed together, cut so that no step exceeds the graph's tokens and logit rows.
-    They use the engine's cache, so it must have no requests; idle sessions are dropped if needed.
+    last: of each prompt, only the rows of so many last tokens, [last, V]. Prompts are packed
+    together, cut so that no step exceeds the graph's tokens and logit rows. They use the engine's
+    cache, so it must have no requests; idle sessions are dropped if needed.
     """
     if engine.scheduler.has_work:
         raise UserError("logits need the engine for themselves: finish or abort its requests")
     sequences = [_sequence(engine, i, list(prompt)) for i, prompt in enumerate(prompts)]
-    results = [torch.empty(len(s.tokens), engine.program.vocab_size) for s in sequences]
+    rows = [len(s.tokens) for s in sequences] if last is None else list(last)
+    skipped = [len(s.tokens) - n for s, n in zip(sequences, rows, strict=True)]
+    if any(not 0 <= n <= len(s.tokens) for s, n in zip(sequences, rows, strict=True)):
+        raise UserError(f"last is {rows}: give at most the number of each prompt's tokens")
+    results = [torch.empty(n, engine.program.vocab_size) for n in rows]
     waiting = [s for s in reversed(sequences) if s.tokens]
     active: list[Sequence] = []
     lanes = list(range(engine.scheduler.max_running))
@@ -31,13 +38,14 @@ def score(engine: Engine, prompts: Items[Items[int]]) -> list[torch.Tensor]:
                 active.append(waiting.pop())
             if not active:
                 raise SmeltError("too few cache blocks are free for logits: close sessions first")
-            chunks = _plan(engine, active)
+            chunks = _plan(engine, active, skipped)
             logits = engine.program.run(engine.builder.build(chunks), engine.caches)
             row = 0
             for chunk in chunks:
-                end = chunk.start + chunk.count
-                results[chunk.sequence.id][chunk.start : end] = logits[row : row + chunk.count]
-                row += chunk.count
+                index = chunk.sequence.id
+                end = chunk.start + chunk.count - skipped[index]
+                results[index][end - chunk.rows : end] = logits[row : row + chunk.rows]
+                row += chunk.rows
             engine.scheduler.commit(chunks)
             for sequence in [s for s in active if not s.pending]:
                 active.remove(sequence)
@@ -71,15 +79,19 @@ def _start(engine: Engine, sequence: Sequence, lanes: list[int]) -> bool:
     return True
 
 
-def _plan(engine: Engine, active: list[Sequence]) -> list[Chunk]:
+def _plan(engine: Engine, active: list[Sequence], skipped: list[int]) -> list[Chunk]:
+    """Chunks within the step's tokens and rows; the first `skipped` tokens need no rows."""
     layout = engine.program.layout
-    budget = min(layout.max_tokens, layout.max_rows)
+    tokens, rows = layout.max_tokens, layout.max_rows
     chunks: list[Chunk] = []
     for sequence in active:
-        count = min(sequence.pending, budget)
+        before = max(0, skipped[sequence.id] - sequence.computed)
+        count = min(sequence.pending, tokens, before + rows)
         if count:
-            chunks.append(Chunk(sequence, sequence.computed, count, count))
-            budget -= count
+            wanted = max(0, count - before)
+            chunks.append(Chunk(sequence, sequence.computed, count, wanted))
+            tokens -= count
+            rows -= wanted
     return chunks
 
 

@@ -16,7 +16,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "smelt"
         package.mkdir()
-        for name in ("__init__.py", "py.typed"):
+        for name in ("__init__.py", "lm_eval.py", "py.typed"):
             (package / name).symlink_to(ROOT / "smelt" / name)
         for folder in FOLDERS:
             (package / folder).symlink_to(ROOT / folder)

@@ -14,10 +14,25 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from .data import END, read_heldout, render
-from .tasks import check
+from smelt.runtime.errors import SmeltError, UserError
+from smelt.runtime.llm import LLM
+from smelt.runtime.sampling_params import SamplingParams
+
+from .data import END, SPECIAL_TOKENS, read_heldout, render
+from .tasks import Sample, check
 
 GenerateFn = Callable[[list[str]], list[str]]
+PredictFn = Callable[[list[list[int]]], list[list[int]]]
+# Most tokens of an answer; the longest of the held-out set takes fewer.
+MAX_TOKENS = 96
+
+
+def questions(n_per_task: int = 64, seed: int = 0) -> dict[str, list[Sample]]:
+    """At most so many of each task's shipped questions, drawn by `seed`."""
+    return {
+        task: Random(f"{task} {seed}").sample(samples, min(n_per_task, len(samples)))
+        for task, samples in read_heldout().items()
+    }
 
 
 def task_accuracy(
@@ -34,11 +49,9 @@ def task_accuracy(
     `tasks` restricts the evaluation to the tasks it names.
     """
     scores: dict[str, float] = {}
-    for task, samples in read_heldout().items():
+    for task, chosen in questions(n_per_task, seed).items():
         if tasks is not None and task not in tasks:
             continue
-        rng = Random(f"{task} {seed}")
-        chosen = rng.sample(samples, min(n_per_task, len(samples)))
         prompts = [render(sample.messages, add_generation_prompt=True) for sample in chosen]
         completions = generate_fn(prompts)
         right = sum(
@@ -47,6 +60,47 @@ def task_accuracy(
         )
         scores[task] = right / len(chosen)
     return scores
+
+
+def scored_accuracy(
+    predict: PredictFn, encode: Callable[[str], list[int]], n_per_task: int = 64, seed: int = 0
+) -> dict[str, float]:
+    """As `task_accuracy`, with a forward pass in place of generation.
+
+    An answer is right if each of its tokens, the end token included, is the most likely one after
+    those before it: that is when greedy decoding writes it. `predict` is given the tokens of
+    rendered chats and returns the most likely token after each of them; `encode` adds no special
+    tokens.
+    """
+
+    def right(asked: list[tuple[Sample, str]]) -> list[bool]:
+        prompts = [render(sample.messages, add_generation_prompt=True) for sample, _ in asked]
+        before = [len(encode(prompt)) for prompt in prompts]
+        tokens = [encode(p + answer + END) for p, (_, answer) in zip(prompts, asked, strict=True)]
+        likely = predict(tokens)
+        return [
+            best[start - 1 : -1] == ids[start:]
+            for best, ids, start in zip(likely, tokens, before, strict=True)
+        ]
+
+    scores: dict[str, float] = {}
+    for task, chosen in questions(n_per_task, seed).items():
+        usual = right([(sample, sample.answer) for sample in chosen])
+        # Most are right at once; other forms of the answer are tried where they are not.
+        missed = [sample for sample, known in zip(chosen, usual, strict=True) if not known]
+        tries = [(sample, form) for sample in missed for form in _other_forms(sample)]
+        found = {
+            id(sample) for (sample, _), known in zip(tries, right(tries), strict=True) if known
+        }
+        scores[task] = (sum(usual) + len(found)) / len(chosen)
+    return scores
+
+
+def _other_forms(sample: Sample) -> list[str]:
+    """What `check` accepts beside the usual answer: other answers, with a full stop and without."""
+    bare = [answer.rstrip(".") for answer in sample.answers]
+    forms = dict.fromkeys([*sample.answers, *bare, *(f"{text}." for text in bare)])
+    return [form for form in forms if form != sample.answer]
 
 
 def transformers_generate_fn(folder: Path, batch_size: int = 64) -> GenerateFn:
@@ -68,10 +122,35 @@ def transformers_generate_fn(folder: Path, batch_size: int = 64) -> GenerateFn:
                 return_token_type_ids=False,
             )  # fmt: skip
             with torch.inference_mode():
-                output = model.generate(**inputs, do_sample=False, max_new_tokens=96)
+                output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
             new = output[:, inputs["input_ids"].shape[1] :]
             completions += tokenizer.batch_decode(new, skip_special_tokens=False)
         return completions
+
+    return generate
+
+
+def check_artifact(llm: LLM) -> None:
+    """Raise UserError unless the artifact was made from a demo model."""
+    missing = [token for token in SPECIAL_TOKENS if llm.tokenizer.token_to_id(token) is None]
+    if missing:
+        raise UserError(
+            "demo questions are asked in the demo model's chat format, and this model has no "
+            f"{missing[0]} token: give an artifact of models/demo/smelt-demo"
+        )
+
+
+def artifact_generate_fn(llm: LLM) -> GenerateFn:
+    """Greedy generation with an artifact of a demo model; raises UserError for another."""
+    check_artifact(llm)
+
+    def generate(prompts: list[str]) -> list[str]:
+        encoded = [llm.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+        outputs = llm.generate(encoded, SamplingParams(max_tokens=MAX_TOKENS))
+        for output in outputs:
+            if output.error is not None:
+                raise SmeltError(f"a question of the demo tasks failed: {output.error}")
+        return [output.text for output in outputs]
 
     return generate
 

@@ -5,31 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.words import Words
 
 from smelt.compiler.calibration_data import BUILTIN, Calibration, load_calibration
 from smelt.runtime.errors import UserError
-
-
-class Words:
-    """One token a word, numbered by its checksum. Knows ASCII words only."""
-
-    unk_token_id = 0
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [2 + zlib.crc32(word.encode()) if word.isascii() else 0 for word in text.split()]
-        return [1, *ids] if add_special_tokens else ids
-
-    def decode(self, ids: list[int]) -> str:
-        return "x"
-
-    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
-        assert not tokenize
-        return " ".join(f"<{m['role']}> {m['content']}" for m in messages)
 
 
 def load(path: Any, **options: Any) -> Calibration:

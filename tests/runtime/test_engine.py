@@ -311,6 +311,24 @@ def test_scores_equal_the_oracle(blocks: int) -> None:
     assert engine.memory.free == blocks
 
 
+@pytest.mark.parametrize("max_rows", [1, 5, 16])
+def test_scores_of_the_last_tokens_are_those_rows_alone(max_rows: int) -> None:
+    step = FakeStep(max_rows=max_rows, max_tokens=16)
+    engine = Engine(step, blocks=24)
+    wanted = prompts(5, 40, seed=3)
+    last = [0, 1, 2, len(wanted[3]), min(7, len(wanted[4]))]
+    for prompt, count, logits in zip(wanted, last, score(engine, wanted, last), strict=True):
+        assert logits.shape == (count, 97)
+        rows = step.oracle(prompt)[len(prompt) - count :]
+        torch.testing.assert_close(logits, rows, atol=1e-5, rtol=1e-5)
+    # Tokens without a row do not count against the rows of a step.
+    steps = len(step.batches)
+    score(engine, [list(range(48))], [1])
+    assert len(step.batches) - steps == 3
+    with pytest.raises(UserError, match="at most the number"):
+        score(engine, [[1, 2]], [3])
+
+
 def test_cache_size_follows_what_is_asked() -> None:
     step = FakeStep()
     spec, layout, device = step.spec, step.layout, step.device

@@ -146,6 +146,35 @@ def test_accuracy_of_perfect_and_useless_generators() -> None:
     assert set(useless.values()) == {0.0}
 
 
+def test_scored_answers_are_what_greedy_decoding_writes() -> None:
+    """One forward pass and generation agree, where the model is right and where it is wrong."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder = FOLDER / MODELS[1]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def predict(sequences: list[list[int]]) -> list[list[int]]:
+        with torch.inference_mode():
+            logits = [model(torch.tensor([ids])).logits[0] for ids in sequences]
+        return [rows.argmax(-1).tolist() for rows in logits]
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    scored = evaluate.scored_accuracy(predict, encode, 4)
+    assert scored == evaluate.task_accuracy(evaluate.transformers_generate_fn(folder), 4)
+    assert min(scored.values()) < 1 and max(scored.values()) == 1
+
+
+def test_other_forms_of_an_answer_count() -> None:
+    for samples in evaluate.questions(1).values():
+        others = evaluate._other_forms(samples[0])
+        assert others and samples[0].answer not in others
+        assert all(tasks.check(samples[0].answers, form) for form in others)
+
+
 def test_text_files_fit_their_purpose() -> None:
     calibration = (FOLDER / "calibration.txt").read_text(encoding="utf-8")
     heldout = (FOLDER / "heldout.txt").read_text(encoding="utf-8")
