@@ -5,7 +5,8 @@
 
 Each method quantizes a random-weight Llama of the shape in a process of its own. Measured is the
 process's anonymous memory (RssAnon of /proc/self/status, read every 5 ms) above what it had when
-calibration began; mapped checkpoint files are not in it, as they are not in the plan.
+calibration began; mapped checkpoint files are not in it, as they are not in the plan. As in `smelt
+compile`, the C library gives freed blocks back at once.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def measure(shape: str, quant: str, samples: int, seqlen: int) -> dict[str, Any]
     from smelt.compiler.weights import bind
     from smelt.models.skeleton import fake_parameters
     from smelt.passes.quantize import QuantSpec
+    from smelt.runtime.machine import return_freed_memory
 
+    return_freed_memory()
     model = shapes.SHAPES[shape]
     loaded = load(shapes.checkpoint(model), CompileOptions(dtype="bf16"))
     fake_parameters(

@@ -52,6 +52,7 @@ SCHEMES = (
     *(QuantSpec(method, "int4", size) for size in (32, 64, 128) for method in METHODS),
     *(QuantSpec(method, "int3", size) for size in (32, 128) for method in METHODS),
     QuantSpec("rtn", "int2", 32),
+    *(QuantSpec("mixed", bits=bits) for bits in (3.5, 4.2, 4.5)),
     QuantSpec("smoothquant", alpha=0.0),
     QuantSpec("smoothquant"),
     QuantSpec("smoothquant", alpha=0.0, activations="static"),

@@ -81,7 +81,9 @@ def command(
     """Compile a Hugging Face model into an artifact."""
     with reporting() as report:
         from smelt.compiler.api import Stopped, compile_model
+        from smelt.runtime.machine import return_freed_memory
 
+        return_freed_memory()
         artifact = compile_model(
             model,
             out,

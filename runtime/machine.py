@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shlex
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def cpu_model() -> str:
@@ -25,6 +28,20 @@ def cpu_model() -> str:
         if name:
             return name
     return platform.processor() or platform.machine()
+
+
+def return_freed_memory() -> None:
+    """Have the C library give large freed blocks back at once, where it can be told to.
+
+    glibc raises the size from which it does with every large block that is freed, up to 32 MiB, and
+    keeps what is smaller: a process that makes and drops tensors then holds several times what it
+    uses. Meant for processes of our own; it applies to all of the process.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # another C library than glibc
+    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def usable_cores() -> int:
