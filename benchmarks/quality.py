@@ -58,7 +58,6 @@ SCHEMES = (
     QuantSpec("fp8", activations="static"),
     QuantSpec("fp8", group_size=128),
 )
-BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 
 
 @dataclass(frozen=True)
@@ -172,12 +171,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_into(docs: Path, text: str) -> None:
-    """Replace what stands between the markers of `docs`."""
+def write_into(docs: Path, text: str, mark: str = "quality") -> None:
+    """Replace what stands between the comments `mark`:begin and `mark`:end of `docs`."""
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
     page = docs.read_text(encoding="utf-8")
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    docs.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    head, _, rest = page.partition(begin)
+    _, _, tail = rest.partition(end)
+    docs.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
 
 
 def main() -> None:

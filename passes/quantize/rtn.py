@@ -8,7 +8,7 @@ from typing import Any
 from smelt.passes.base import Lossy, Pass, PassResult
 from smelt.passes.program import Dialect, Program
 
-from .fp8 import kernel_of, to_fp8
+from .fp8 import to_fp8
 from .linears import Linear, find_linears, to_quantized
 from .spec import QuantSpec
 from .verdict import Verdict, group_note, group_size, rewrite_each
@@ -65,7 +65,6 @@ class QuantizeRtn(Pass):
                 group_size(linear),
                 linear.parameters,
                 reason=group_note(linear),
-                kernel=kernel_of(program.target) if fp8 else None,
             )
 
         return rewrite_each(program, find_linears(program, options.spec), rewrite)

@@ -21,9 +21,7 @@ from .linears import Linear, find_linears
 from .smooth_search import ALPHAS, Inputs, output_error, search_alpha
 from .spec import QuantSpec
 from .verdict import Verdict, rewrite_each
-from .w8a8 import check_width, kernel_of, product, to_w8a8
-
-LABELS = {"dynamic": "int8, a scale a token", "static": "int8, one scale"}
+from .w8a8 import LABELS, check_width, product, to_w8a8
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class QuantizeSmoothQuant(Pass):
             names = applied.get(linear.weight, {})
             static = choice.input_scale if choice else None
             to_w8a8(program, linear, names.get("columns"), names.get("rows"), static)
-            return _verdict(linear, spec, choice, reason, program.target)
+            return _verdict(linear, spec, choice, reason)
 
         return rewrite_each(program, linears, rewrite)
 
@@ -174,7 +172,7 @@ def _choose(
 
 
 def _verdict(
-    linear: Linear, spec: QuantSpec, choice: _Choice | None, reason: str | None, target: str
+    linear: Linear, spec: QuantSpec, choice: _Choice | None, reason: str | None
 ) -> Verdict:
     return Verdict(
         linear.layer,
@@ -187,5 +185,4 @@ def _verdict(
         error=choice.error if choice else None,
         reason=reason,
         activations=LABELS[spec.activations],
-        kernel=kernel_of(target),
     )

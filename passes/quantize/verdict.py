@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from smelt.passes.program import Program, Role
 from smelt.passes.rewrite import is_call, shape
 
 from .linears import Linear
+from .spec import Scheme
 
 EXPERTS = "experts (not supported yet)"
 
@@ -29,7 +30,7 @@ class Verdict:
     error_rtn and error: the layer's output error relative to its output, ||dY||^2 / ||Y||^2, on
     calibration rows by plain rounding and as chosen; None where nothing was measured. reason: why
     it was left alone, or why less was done than the method can. activations: how the input is
-    quantized; kernel: what multiplies on the target, where that is not every format's own.
+    quantized. weight: the planned name, by which the kernel that choose-providers notes is found.
     scale_change: of weights that the checkpoint holds quantized, the largest relative change of a
     scale.
     """
@@ -44,7 +45,7 @@ class Verdict:
     error: float | None = None
     reason: str | None = None
     activations: str | None = None
-    kernel: str | None = None
+    weight: str | None = None
     scale_change: float | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -53,7 +54,8 @@ class Verdict:
 
 def left_alone(linear: Linear) -> Verdict:
     """The verdict of a linear that stays at 16 bits."""
-    return Verdict(linear.layer, "none", "16 bit", 0, linear.parameters, reason=linear.reason)
+    verdict = Verdict(linear.layer, "none", "16 bit", 0, linear.parameters)
+    return replace(verdict, reason=linear.reason, weight=linear.weight)
 
 
 def left_experts(program: Program, result: PassResult) -> None:
@@ -78,7 +80,8 @@ def rewrite_each(
             result.decline(linear.node, linear.reason)
             result.notes.append(left_alone(linear).to_json())
             continue
-        result.notes.append(rewrite(linear, result).to_json())
+        verdict = rewrite(linear, result)
+        result.notes.append(replace(verdict, weight=linear.weight).to_json())
         result.rewritten += count
     left_experts(program, result)
     result.notes.append(summary(linears, weights))
@@ -88,9 +91,14 @@ def rewrite_each(
 
 def group_note(linear: Linear) -> str | None:
     """The reason to record when the group size does not divide K."""
-    if linear.scheme.fits(linear.k):
+    return indivisible(linear.scheme, linear.k)
+
+
+def indivisible(scheme: Scheme, k: int) -> str | None:
+    """What a layer of K features makes of a group size that does not divide them."""
+    if scheme.format == "fp8" or scheme.fits(k):
         return None
-    return f"K = {linear.k} is not divisible by {linear.scheme.group_size}: one group a row"
+    return f"K = {k} is not divisible by {scheme.group_size}: one group a row"
 
 
 def group_size(linear: Linear) -> int:
