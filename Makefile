@@ -11,7 +11,7 @@ DEMO := models/demo/smelt-demo
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install check format test test-slow test-gpu goldens demo bench bench-quality size clean
+.PHONY: help install check format test test-slow test-gpu goldens demo bench bench-quality bench-peers-quality size clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,6 +57,21 @@ bench: $(STAMP) ## decode and start-up against transformers, one interleaved run
 bench-quality: $(STAMP) ## perplexity, KL, demo accuracy of every scheme; needles of every cache
 	$(BIN)/python -m benchmarks.quality --docs docs/quantization.md
 	$(BIN)/python -m benchmarks.kv_cache --windows 12 --docs docs/quantization.md
+
+# llm-compressor wants another transformers than smelt, so it has an environment of its own.
+PEER := build/llm-compressor
+PEER_STAMP := $(PEER)/.installed
+
+$(PEER_STAMP): benchmarks/requirements-llm-compressor.txt
+	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+bench-peers-quality: $(STAMP) $(PEER_STAMP) ## KL beside llm-compressor's AWQ, GPTQ, SmoothQuant
+	$(BIN)/python -m benchmarks.llm_compressor --python $(PEER)/bin/python \
+	  --work build/llm-compressor-logits --out benchmarks/results/llm_compressor.json \
+	  --docs docs/quantization.md
 
 size: ## lines of code by folder
 	@for d in compiler passes runtime models cli smelt tests; do \

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import layers
 from .compile import size
 from .options import Artifact
 from .passes import print_passes
@@ -15,25 +16,38 @@ from .passes import print_passes
 
 def command(
     artifact: Artifact,
+    every: Annotated[bool, typer.Option("--layers", help="Every linear layer.")] = False,
     passes: Annotated[bool, typer.Option("--passes", help="Every pass, place by place.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """What an artifact is, what made it, what each pass did."""
+    """What an artifact is, how its layers are stored and computed, what each pass did."""
     from smelt.runtime import manifest as manifests
     from smelt.runtime.integrity import verify
 
     manifest = manifests.read(artifact)
     verify(artifact, manifest.files)
     if as_json:
-        print(json.dumps(manifest.to_json()))
+        print(json.dumps({**manifest.to_json(), "layers": layers.joined(manifest)}))
         return
     _print_overview(manifest)
+    _print_layers(layers.joined(manifest), every)
     print_passes(manifest.passes)
     if passes:
         for record in manifest.passes:
             _print_places(record)
     else:
-        print("\nsmelt inspect --passes shows each pass place by place")
+        print("\nsmelt inspect --layers shows every layer, --passes each pass place by place")
+
+
+def _print_layers(rows: list[dict[str, Any]], every: bool) -> None:
+    """The linear layers; those that are alike in one line, with their largest errors."""
+    if not rows:
+        return
+    from rich.console import Console
+
+    print()
+    Console(highlight=False).print(layers.table(rows if every else layers.by_kind(rows)))
+    print()
 
 
 def _print_overview(manifest: Any) -> None:

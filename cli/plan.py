@@ -1,4 +1,4 @@
-"""`smelt plan MODEL`: the memory a model will need, before anything is built."""
+"""`smelt plan MODEL`: the memory a model will need and what computes it, before it is built."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def command(
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
 ) -> None:
-    """Memory of weights, KV cache and activations, from the configuration alone."""
+    """Memory, and each layer's format and kernel, from the configuration alone."""
     from smelt.compiler.plan import plan
 
     found = plan(
@@ -82,10 +82,15 @@ def command(
 
         print(json.dumps(found.to_json()))
         return
+    from dataclasses import asdict
+
     from rich.console import Console
+
+    from . import layers
 
     console = Console(highlight=False)
     console.print(table(found))
+    console.print(layers.table([asdict(kind) for kind in found.layers]))
     for line in (verdict(found), *(f"note: {note}" for note in found.notes)):
         console.print(line, markup=False, soft_wrap=True)
 

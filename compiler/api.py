@@ -35,6 +35,7 @@ from .options import CompileOptions
 from .pipeline import PipelineConfig, installed_passes, load_pass, pipeline, portable_stages
 from .proof import Proof, speed
 from .quantization import quantize_stage
+from .stored import quant_json
 from .trace import check_against_eager, export, program_from_export, refuse_unsupported
 from .weights import bind
 
@@ -228,7 +229,9 @@ def _manifest(
             "source_bytes": source_bytes,
             "weight_plan": program.weights.digest(),
         },
-        quant=(loaded.quantized.quantization if loaded.quantized else settings.spec).to_json(),
+        quant=quant_json(loaded.quantized.quantization)
+        if loaded.quantized
+        else settings.spec.to_json(),
         target=artifact.describe_target(settings.device),
         backend=settings.backend,
         cache=program.caches,

@@ -1,58 +1,98 @@
-"""The compressed-tensors format, written: packed integers and the configuration that names them.
+"""The compressed-tensors format, written: quantized values and the configuration that names them.
 
-weight_packed int32 [N, ceil(K*bits/32)] holds the values of a row, offset to be unsigned, the first
-in the lowest bits; weight_zero_point likewise along N; weight_shape is [N, K].
+pack-quantized    weight_packed int32 [N, ceil(K*bits/32)] holds the values of a row, offset to be
+                  unsigned, the first in the lowest bits; weight_zero_point likewise along N;
+                  weight_shape is [N, K].
+int-quantized,    weight int8 or float8_e4m3fn [N, K], input_scale where inputs are rounded with one
+float-quantized,  scale. Named naive-quantized where inputs are left alone.
+naive-quantized
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
+if TYPE_CHECKING:
+    from .packed import Packed
+
 
 @dataclass(frozen=True)
 class Scheme:
-    """bits; symmetric: no zero points; group: features a scale, 0 for the whole row."""
+    """How a linear is stored. bits; symmetric: no zero points; group: features a scale, 0 for the
+    whole row; kind: "int" or "float"; block: a scale for block x block weights, or 0; inputs: how
+    the layer's input is rounded, "none", "dynamic" or "static"."""
 
     bits: int
     symmetric: bool
-    group: int
+    group: int = 0
+    kind: str = "int"
+    block: int = 0
+    inputs: str = "none"
+
+    @property
+    def format(self) -> str:
+        """The name of the layout."""
+        if self.kind == "float":
+            return "naive-quantized" if self.inputs == "none" else "float-quantized"
+        return "pack-quantized" if self.inputs == "none" else "int-quantized"
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        """An entry of config_groups, without its targets."""
+        weights: dict[str, Any] = {
             "num_bits": self.bits,
-            "type": "int",
+            "type": self.kind,
             "symmetric": self.symmetric,
             "strategy": "group" if self.group else "channel",
             "group_size": self.group or None,
             "dynamic": False,
         }
+        if self.block:
+            weights |= {"strategy": "block", "block_structure": [self.block, self.block]}
+        return {
+            "weights": weights,
+            "input_activations": self._inputs(),
+            "output_activations": None,
+            "format": self.format,
+        }
+
+    def _inputs(self) -> dict[str, Any] | None:
+        if self.inputs == "none":
+            return None
+        strategy = "group" if self.block else "token"
+        return {
+            "num_bits": self.bits,
+            "type": self.kind,
+            "symmetric": True,
+            "strategy": strategy if self.inputs == "dynamic" else "tensor",
+            "group_size": self.block if self.block and self.inputs == "dynamic" else None,
+            "dynamic": self.inputs == "dynamic",
+        }
 
 
-def packed_tensors(
-    q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """One linear's tensors by leaf name.
-
-    q: uint8 [N, K] with zeros uint8 [N, G] (4 bits), or int8 [N, K] without (8 bits). scales [N, G]
-    are written in `dtype` where it holds them exactly, else in float32.
-    """
-    bits = 4 if zeros is not None else 8
-    unsigned = q if zeros is not None else q.to(torch.int16) + 128
-    cast = scales.to(dtype)
-    exact = torch.equal(cast.float(), scales.float())
-    out = {
-        "weight_packed": _words(unsigned, bits),
-        "weight_scale": cast if exact else scales.float(),
-        "weight_shape": torch.tensor(list(q.shape)),
+def tensors(packed: Packed, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """One linear's tensors by leaf name. Scales are written in `dtype` where it holds them exactly,
+    else in float32."""
+    cast = packed.scales.to(dtype)
+    exact = torch.equal(cast.float(), packed.scales.float())
+    scales, scheme = cast if exact else packed.scales.float(), packed.scheme
+    if scheme.format != "pack-quantized":
+        scales = scales[:: scheme.block] if scheme.block else scales
+        found = {"weight": packed.q, "weight_scale": scales}
+        return found if packed.input_scale is None else {**found, "input_scale": packed.input_scale}
+    unsigned = packed.q if packed.zeros is not None else packed.q.to(torch.int16) + 128
+    found = {
+        "weight_packed": _words(unsigned, scheme.bits),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor(list(packed.q.shape)),
     }
-    if zeros is not None:
-        out["weight_zero_point"] = _words(zeros.T, bits).T.contiguous()
-    return out
+    if packed.zeros is not None:
+        found["weight_zero_point"] = _words(packed.zeros.T, scheme.bits).T.contiguous()
+    return found
 
 
 def _words(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -72,15 +112,12 @@ def configuration(modules: Mapping[str, Scheme], left: Sequence[str]) -> dict[st
     groups = {}
     for i, scheme in enumerate(schemes):
         names = [name for name, own in modules.items() if own == scheme]
-        groups[f"group_{i}"] = {
-            "targets": ["Linear"] if len(schemes) == 1 else names,
-            "weights": scheme.to_json(),
-            "input_activations": None,
-            "output_activations": None,
-        }
+        targets = ["Linear"] if len(schemes) == 1 else names
+        groups[f"group_{i}"] = {"targets": targets, **scheme.to_json()}
+    formats = {scheme.format for scheme in schemes}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(left),

@@ -1,8 +1,8 @@
 """`smelt export`: an artifact's weights as a Hugging Face folder, for all else that runs models.
 
 hf                  plain weights in the model's dtype; quantized linears are dequantized.
-compressed-tensors  quantized linears as the compressed-tensors package reads them (pack-quantized):
-                    the same integers, scales and zero points, under the modules' own names.
+compressed-tensors  quantized linears as the compressed-tensors package reads them: the same values,
+                    scales and zero points, under the modules' own names.
 
 The weights come out of the artifact alone. Fused linears are cut apart again along N; norms that a
 scale was folded into are written as they are now.
@@ -30,15 +30,22 @@ from smelt.runtime import manifest as manifests
 from smelt.runtime.artifact import map_weights
 from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.integrity import verify
+from smelt.runtime.ops.linear_fp8 import row_scales
 from smelt.runtime.ops.packing import unpack
 
 from . import origins
 from .artifact import SHARD_BYTES, replacing
-from .compressed import Scheme, configuration, packed_tensors
+from .compressed import Scheme, configuration, tensors
 from .origins import Origin, Part
+from .packed import Packed
 from .portable import FACTS, LaidOutSource
 
 FORMATS = ("compressed-tensors", "hf")
+WRITTEN_BITS = (4, 8)
+EXPERTS = (
+    "transformers holds a layer's experts as one parameter, which compressed-tensors does not load"
+)
+ORDER = "its groups hold features out of order, which compressed-tensors does not load"
 Progress = Callable[[str, int, int], None]
 
 
@@ -51,37 +58,6 @@ class Exported:
     quantized: int
     plain: int
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """A quantized linear [N, K] in plain integers. q uint8 (4 bits) or int8 [N, K]; scales [N, G];
-    zeros uint8 [N, G] or None. order int64 [K]: the feature each column belongs to, or None."""
-
-    q: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    order: torch.Tensor | None
-
-    @property
-    def group(self) -> int:
-        """Features that share a scale, 0 for the whole row."""
-        groups = self.scales.shape[1]
-        return 0 if groups == 1 else self.q.shape[1] // groups
-
-    def rows(self, start: int, stop: int) -> _Packed:
-        zeros = None if self.zeros is None else self.zeros[start:stop]
-        return _Packed(self.q[start:stop], self.scales[start:stop], zeros, self.order)
-
-    def dequantize(self) -> torch.Tensor:
-        """float32 [N, K], features in the model's order."""
-        q = self.q.float().unflatten(1, (self.scales.shape[1], -1))
-        if self.zeros is not None:
-            q = q - self.zeros.float()[..., None]
-        weight = (q * self.scales.float()[..., None]).flatten(1)
-        if self.order is None:
-            return weight
-        return torch.empty_like(weight).index_copy_(1, self.order, weight)
 
 
 def export(
@@ -108,9 +84,10 @@ def export(
     weights = _Weights(source, loaded)
     chosen = _chosen(weights) if format == "compressed-tensors" else {}
     if format == "compressed-tensors" and not chosen:
+        why = next((f" ({name}: {s})" for name, s in weights.schemes().items()), "")
         raise UserError(
-            f"{source} has no weight that compressed-tensors can hold; export it with --format hf, "
-            "or compile the model with --quant"
+            f"{source} has no weight that compressed-tensors can hold{why}; export it with "
+            "--format hf, or compile the model with --quant"
         )
     with replacing(target, force=False) as folder:
         writer = _Writer(folder)
@@ -157,21 +134,46 @@ class _Weights:
         self.count = sum(len(o.parts) for o in self._origins.values() if o.field == "weight")
         self.count += sum(len(parts) for parts in fields)
         self.linears = sum(isinstance(m, nn.Linear) for m in self.model.modules())
-        self._shapes = {
-            w["tensor"]: w["shape"] for w in read_json(folder / FACTS)["weights"].values()
-        }
+        facts = read_json(folder / FACTS)["weights"].values()
+        self._shapes = {w["tensor"]: w["shape"] for w in facts}
+        self._dtypes = {w["tensor"]: w["dtype"] for w in facts}
         self._written: set[str] = set()
 
-    def schemes(self) -> dict[str, Scheme | None]:
-        """How each quantized module could be stored; None where it has to be dequantized."""
-        found: dict[str, Scheme | None] = {}
+    def schemes(self) -> dict[str, Scheme | str]:
+        """How each quantized module can be stored, or why it is written dequantized."""
+        found: dict[str, Scheme | str] = {}
         for parts, names in self.quantized.items():
-            k, groups = parts[0].shape[-1], int(self._shapes[names["scales"]][1])
-            zeros = "zeros" in names
-            scheme = Scheme(4 if zeros else 8, not zeros, 0 if groups == 1 else k // groups)
-            plain = any(p.name in self._orders or p.turned or p.experts for p in parts)
-            found |= {p.name.removesuffix(".weight"): None if plain else scheme for p in parts}
+            scheme, start = self._scheme(parts, names), 0
+            sorted_ = any(part.name in self._orders for part in parts)
+            for part in parts:
+                module = part.name.removesuffix(".weight")
+                found[module] = scheme
+                if part.experts:
+                    found[module] = EXPERTS
+                elif sorted_:
+                    found[module] = ORDER
+                elif part.turned:
+                    found[module] = "it is stored turned round"
+                elif scheme.bits not in WRITTEN_BITS:
+                    found[module] = (
+                        f"it has {scheme.bits} bits, and only 4 and 8 are written packed"
+                    )
+                elif scheme.block and start % scheme.block:
+                    found[module] = f"its rows do not begin with a block of {scheme.block}"
+                start += part.rows
         return found
+
+    def _scheme(self, parts: tuple[Part, ...], names: dict[str, str]) -> Scheme:
+        origin = self._origins[names["qweight"]]
+        shape = self._shapes[names["scales"]]
+        if self._dtypes[names["qweight"]] == "float8_e4m3fn":
+            return Scheme(8, True, kind="float", block=origin.block, inputs=origin.inputs)
+        k, groups = parts[0].shape[-1], int(shape[1]) if len(shape) == 2 else 1
+        # A row of values packed by their bits is at most seven bits longer than they are.
+        bits = 8 * self._shapes[names["qweight"]][1] // k
+        return Scheme(
+            bits, "zeros" not in names, 0 if groups == 1 else k // groups, inputs=origin.inputs
+        )
 
     def _skeleton(self, dtype: torch.dtype) -> nn.Module:
         from transformers import AutoConfig
@@ -187,7 +189,7 @@ class _Weights:
             ) from error
         return build(config, dtype, real=False)
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor | _Packed]]:
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor | Packed]]:
         """(name, value) of every parameter; a quantized linear's weight as its integers."""
         for name, origin in self._origins.items():
             if origin.field == "weight":
@@ -204,14 +206,18 @@ class _Weights:
 
     def _packed(
         self, parts: tuple[Part, ...], names: dict[str, str]
-    ) -> Iterator[tuple[str, torch.Tensor | _Packed]]:
+    ) -> Iterator[tuple[str, torch.Tensor | Packed]]:
         found = {field: self._source.tensor(name) for field, name in names.items()}
-        q, zeros = found["qweight"], found.get("zeros")
+        scheme = self._scheme(parts, names)
+        q, scales, zeros = found["qweight"], found["scales"], found.get("zeros")
         if zeros is not None:
-            q = unpack(q, 4, parts[0].shape[-1])
+            q = unpack(q, scheme.bits, parts[0].shape[-1])
+        if scheme.block:
+            scales = row_scales(scales, q.shape[0], q.shape[1], scheme.block)
         order = next((self._orders[p.name] for p in parts if p.name in self._orders), None)
         columns = None if order is None else self._source.tensor(order)
-        whole = _Packed(q, found["scales"], zeros, columns)
+        scales = scales.reshape(q.shape[0], -1)
+        whole = Packed(q, scales, scheme, zeros, columns, found.get("input_scale"))
         start = 0
         for part in parts:
             rows = whole.rows(start, start + part.rows)
@@ -259,15 +265,14 @@ class _Schemes:
     dtype: str
     modules: dict[str, Scheme] = field(default_factory=dict)
 
-    def tensors(self, name: str, value: torch.Tensor | _Packed) -> dict[str, torch.Tensor]:
+    def tensors(self, name: str, value: torch.Tensor | Packed) -> dict[str, torch.Tensor]:
         dtype = getattr(torch, self.dtype)
         if isinstance(value, torch.Tensor):
             return {name: value}
         module = name.removesuffix(".weight")
         if module not in self.modules:
             return {name: value.dequantize().to(dtype)}
-        found = packed_tensors(value.q, value.scales, value.zeros, dtype)
-        return {f"{module}.{leaf}": tensor for leaf, tensor in found.items()}
+        return {f"{module}.{leaf}": tensor for leaf, tensor in tensors(value, dtype).items()}
 
 
 def _chosen(weights: _Weights) -> dict[str, Scheme]:
@@ -276,7 +281,8 @@ def _chosen(weights: _Weights) -> dict[str, Scheme]:
     transformers reads zero points only by dequantizing while it loads, and then all modules by one
     scheme. Where there are any, only the commonest scheme is kept.
     """
-    possible = {name: scheme for name, scheme in weights.schemes().items() if scheme is not None}
+    found = weights.schemes()
+    possible = {name: scheme for name, scheme in found.items() if isinstance(scheme, Scheme)}
     if not possible or all(scheme.symmetric for scheme in possible.values()):
         return possible
     common = Counter(possible.values()).most_common(1)[0][0]
@@ -286,16 +292,8 @@ def _chosen(weights: _Weights) -> dict[str, Scheme]:
 def _notes(weights: _Weights, kept: dict[str, Scheme]) -> list[str]:
     notes = []
     for name, scheme in weights.schemes().items():
-        if name in weights.experts:
-            notes.append(
-                f"{name}: written dequantized; transformers holds a layer's experts as one "
-                "parameter, which compressed-tensors does not load"
-            )
-        elif scheme is None:
-            notes.append(
-                f"{name}: written dequantized; its groups hold features out of order, which "
-                "compressed-tensors does not load"
-            )
+        if isinstance(scheme, str):
+            notes.append(f"{name}: written dequantized; {scheme}")
         elif name not in kept:
             notes.append(
                 f"{name}: written dequantized; transformers reads one scheme with zero points a "

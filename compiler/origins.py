@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from smelt.passes.program import Program
@@ -21,16 +22,24 @@ from smelt.passes.quantize.stored import DEQUANTIZE
 from smelt.passes.weights import Step, WeightPlan
 from smelt.runtime.errors import UserError
 
+smelt = torch.ops.smelt
 FILE_NAME = "model.json"
 
 # Steps that change the values of their first input and not what it is.
 _SAME = {"cast", "multiply_columns", "divide_rows", "divide_offset", "fold_factor"}
 _FIELDS = {
+    "quantize_int2": ("qweight", "scales", "zeros"),
+    "quantize_int3": ("qweight", "scales", "zeros"),
+    "take_int3": ("qweight", "scales", "zeros"),
     "quantize_int4": ("qweight", "scales", "zeros"),
     "quantize_int8": ("qweight", "scales"),
     "take_int4": ("qweight", "scales", "zeros"),
     "keep_int4": ("qweight", "scales", "zeros"),
     "keep_int8": ("qweight", "scales"),
+    "quantize_w8a8": ("qweight", "scales"),
+    "keep_w8a8": ("qweight", "scales"),
+    "quantize_fp8": ("qweight", "scales"),
+    "keep_fp8": ("qweight", "scales"),
 }
 
 
@@ -55,20 +64,25 @@ class Part:
 @dataclass(frozen=True)
 class Origin:
     """What a planned tensor is. field: "weight" for the values themselves; "qweight", "scales" and
-    "zeros" of a quantized linear; "order", int64 [K], which features of the parameters its columns
-    are. parts: the parameters, joined along the first dimension."""
+    "zeros" of a quantized linear, "input_scale" of its static activations; "order", int64 [K],
+    which features of the parameters its columns are. parts: the parameters, joined along the first
+    dimension. Of a qweight, inputs: how its linear rounds its input, and block: the size of blocks
+    that share a scale, or 0."""
 
     field: str
     parts: tuple[Part, ...]
+    inputs: str = "none"
+    block: int = 0
 
     def to_json(self) -> dict[str, Any]:
         parts = [{"name": p.name, "shape": list(p.shape), "turned": p.turned} for p in self.parts]
-        return {"field": self.field, "parts": parts}
+        return {"field": self.field, "parts": parts, "inputs": self.inputs, "block": self.block}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Origin:
         parts = (Part(p["name"], tuple(p["shape"]), bool(p["turned"])) for p in data["parts"])
-        return cls(str(data["field"]), tuple(parts))
+        how = (str(data.get("inputs", "none")), int(data.get("block", 0)))
+        return cls(str(data["field"]), tuple(parts), *how)
 
 
 def origins(program: Program, parameters: set[str]) -> dict[str, Origin]:
@@ -79,7 +93,17 @@ def origins(program: Program, parameters: set[str]) -> dict[str, Origin]:
     """
     reader = _Reader(program.weights, parameters)
     found = {name: reader.origin(name) for name in program.used_weights()}
-    return {name: origin for name, origin in found.items() if origin is not None}
+    known = {name: origin for name, origin in found.items() if origin is not None}
+    for node in program.calls(smelt.linear_w8a8.default, smelt.linear_fp8.default):
+        name, scale = program.weight_name(node.args[1]), program.weight_name(node.args[3])
+        if name in known:
+            inputs: tuple[Any, ...] = tuple(node.args[5:])
+            if not inputs:
+                inputs = ("dynamic" if scale is None else "static", 0)
+            known[name] = Origin("qweight", known[name].parts, *inputs)
+            if scale is not None:
+                known[scale] = Origin("input_scale", known[name].parts)
+    return known
 
 
 class _Reader:

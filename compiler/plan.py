@@ -24,24 +24,22 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from smelt.models.checkpoint import Checkpoint
 from smelt.models.config import load_config, max_positions
 from smelt.models.folder import read_json, resolve
-from smelt.models.quantized import Quantization, describe
+from smelt.models.quantized import describe
 from smelt.models.skeleton import build
-from smelt.passes.quantize.formats import packed_bytes
-from smelt.passes.quantize.spec import QuantSpec, Scheme
 from smelt.runtime import machine
 from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.ops.cache_format import row_bytes
 
+from .layers import LayerKind, is_experts, is_router, kinds, layers, linears
 from .options import DTYPES, CompileOptions
 from .stored import refuse_another
 
@@ -54,7 +52,7 @@ class MemoryPlan:
 
     weights_unquantized_bytes: what the weights would take in the model's dtype. fits: whether the
     total is below the memory that is free on this machine now. notes: what the numbers leave out or
-    assume.
+    assume. layers: how the linear layers are stored, and what computes them.
     """
 
     model_class: str
@@ -74,9 +72,11 @@ class MemoryPlan:
     memory_available_bytes: int
     fits: bool
     notes: tuple[str, ...] = ()
+    layers: tuple[LayerKind, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "notes": list(self.notes)}
+        data = asdict(self)
+        return {**data, "notes": list(self.notes), "layers": list(data["layers"])}
 
 
 def plan(
@@ -108,14 +108,16 @@ def plan(
         stored = describe(read_json(folder / "config.json"), model)
     ctx = _context(ctx, max_positions(config))
     skeleton = build(config, dtype, real=False, trust_remote_code=trust_remote_code)
-    plain, packed = weights_bytes(skeleton, settings.spec)
     label = settings.spec.label()
     if stored is not None:
         refuse_another(stored, settings.spec, model)
-        packed, label = stored_bytes(skeleton, stored), stored.label()
+        label = stored.label()
         notes.append(f"the checkpoint is quantized ({label}) and compiled as it is")
-        if any(_is_experts(module) for module in skeleton.modules()):
+        if any(is_experts(module) for module in skeleton.modules()):
             notes.append(f"experts count as {str(dtype).removeprefix('torch.')}: dequantized")
+    decided = layers(skeleton, settings.spec, stored)
+    plain = sum(p.numel() * p.element_size() for p in skeleton.parameters())
+    packed = plain - sum(layer.saved for layer in decided)
     per_layer = kv_bytes_per_layer(config, dtype, settings.kv_cache)
     tokens = [_held(ctx, window, settings.block_size) for window in layer_windows(config)]
     kv_bytes = batch * sum(b * t for b, t in zip(per_layer, tokens, strict=True))
@@ -147,6 +149,7 @@ def plan(
         memory_available_bytes=available,
         fits=total <= available,
         notes=tuple(notes),
+        layers=tuple(kinds(decided, settings.device)),
     )
 
 
@@ -242,87 +245,6 @@ def _context(asked: int | None, limit: int) -> int:
     return asked
 
 
-def weights_bytes(skeleton: nn.Module, spec: QuantSpec) -> tuple[int, int]:
-    """(unquantized, as `spec` stores them) bytes of all parameters, tied ones once."""
-    plain = sum(p.numel() * p.element_size() for p in skeleton.parameters())
-    if spec.method == "none":
-        return plain, plain
-    saved = 0
-    for name, module, n, k in linears(skeleton):
-        if min(n, k) >= spec.min_features:
-            weight: Any = module.weight
-            saved += weight.numel() * weight.element_size() - _stored_as(n, k, spec, name)
-    for name, module in skeleton.named_modules():
-        matrices = _matrices(module)
-        if matrices and min(weight.shape[2] for weight in matrices) >= spec.min_features:
-            for weight in matrices:
-                experts, n, k = weight.shape
-                saved += weight.numel() * weight.element_size()
-                saved -= experts * _stored_as(n, k, spec, name, experts=True)
-    return plain, plain - saved
-
-
-def _stored_as(n: int, k: int, spec: QuantSpec, name: str, experts: bool = False) -> int:
-    """Bytes of one linear; of mixed its share of the budget, which holds for all together.
-
-    experts: their inputs stay as they are, so that int8 has the form without activations.
-    """
-    if spec.bits is not None:
-        return int(n * k * spec.bits / 8)
-    scheme = spec.scheme(name)
-    return packed_bytes(n, k, replace(scheme, activations="none") if experts else scheme)
-
-
-def stored_bytes(skeleton: nn.Module, stored: Quantization) -> int:
-    """Bytes of all parameters where the checkpoint's quantized linears keep what has an operator:
-    integers of 4 bits, and symmetric ones of 8; the others are dequantized."""
-    total = sum(p.numel() * p.element_size() for p in skeleton.parameters())
-    for name, module, n, k in linears(skeleton):
-        form = stored.form(name)
-        if form is None or form.kind != "int" or (form.bits == 8 and not form.symmetric):
-            continue
-        weight: Any = module.weight
-        packed = packed_bytes(n, k, Scheme(f"int{form.bits}", form.group))
-        total += packed - weight.numel() * weight.element_size()
-    return total
-
-
-def linears(skeleton: Any) -> list[tuple[str, nn.Module, int, int]]:
-    """(path, module, N, K) of every linear that quantization takes: no head, tied one or router."""
-    head = skeleton.get_output_embeddings()
-    table = getattr(skeleton.get_input_embeddings(), "weight", None)
-    found: list[tuple[str, nn.Module, int, int]] = []
-    for name, module in skeleton.named_modules():
-        if module is head or getattr(module, "weight", None) is table or _is_router(skeleton, name):
-            continue
-        if isinstance(module, nn.Linear):
-            found.append((name, module, module.out_features, module.in_features))
-        elif type(module).__name__ == "Conv1D":
-            k, n = module.weight.shape
-            found.append((name, module, int(n), int(k)))
-    return found
-
-
-def _is_router(skeleton: nn.Module, name: str) -> bool:
-    """Whether the module decides between experts that stand beside it."""
-    parent, _, own = name.rpartition(".")
-    if own not in ("gate", "router"):
-        return False
-    return any(_is_experts(child) for child in skeleton.get_submodule(parent).children())
-
-
-def _is_experts(module: nn.Module) -> bool:
-    """Whether the module holds the weights of several experts."""
-    return type(module).__name__.endswith("Experts")
-
-
-def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    """The weights [E, N, K] of a module that holds experts."""
-    if not _is_experts(module):
-        return []
-    return [p for p in module.parameters(recurse=False) if p.dim() == 3]
-
-
 def kv_bytes_per_layer(config: Any, dtype: torch.dtype, kv_cache: str = "auto") -> list[int]:
     """Bytes of K and V that one token takes in each layer, in cache format `kv_cache`."""
     heads = int(config.num_attention_heads)
@@ -349,12 +271,15 @@ def _held(ctx: int, window: int, block: int) -> int:
 
 
 def activation_bytes(
-    skeleton: nn.Module, config: Any, dtype: torch.dtype, tokens: int, batch: int
+    skeleton: Any, config: Any, dtype: torch.dtype, tokens: int, batch: int
 ) -> int:
     """Bytes of the largest buffers alive at once in a step of `tokens` tokens (see the module)."""
     widest = 0
     blocks: dict[str, list[tuple[int, int]]] = {}
-    for name, _, n, k in linears(skeleton):
+    head = skeleton.get_output_embeddings()
+    for name, module, n, k in linears(skeleton):
+        if module is head or is_router(skeleton, name):
+            continue
         blocks.setdefault(name.rpartition(".")[0], []).append((n, k))
     for sizes in blocks.values():
         together: dict[int, int] = {}
@@ -362,7 +287,7 @@ def activation_bytes(
             together[k] = together.get(k, 0) + n
         widest = max(widest, max(together.values()) + max(together))
     for module in skeleton.modules():
-        if _is_experts(module):
+        if is_experts(module):
             # The experts run one after another, the largest with every token.
             widths = [p.shape[1:] for p in module.parameters() if p.dim() == 3]
             widest = max([widest, *(sum(shape) for shape in widths)])

@@ -7,7 +7,7 @@ that name stand the steps that unpack the foreign layout and dequantize it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 
 from smelt.models.checkpoint import Checkpoint
 from smelt.models.folder import read_json
-from smelt.models.quantized import Quantization, describe
+from smelt.models.quantized import Quantization, WeightForm, describe
 from smelt.models.stored import StoredWeight, own_tensors, stored_weights
-from smelt.passes.quantize.spec import QuantSpec
+from smelt.passes.quantize.kept import kept_scheme
+from smelt.passes.quantize.spec import QuantSpec, Scheme
 from smelt.passes.quantize.stored import DEQUANTIZE
 from smelt.passes.weights import TensorSpec, WeightPlan
 from smelt.runtime.errors import UserError
@@ -91,7 +92,8 @@ def read_stored(folder: Path, checkpoint: Checkpoint, asked: QuantSpec) -> Store
 def refuse_another(quantization: Quantization, asked: QuantSpec, where: str) -> None:
     """Raise UserError when `asked` wants a quantized checkpoint quantized otherwise."""
     size = asked.group_size or 0
-    if asked.method != "none" and not quantization.is_what(asked.method, asked.format, size):
+    same = quantization.is_what(asked.method, asked.format, size, asked.activations)
+    if asked.method != "none" and not same:
         raise UserError(
             f"{where}: the checkpoint is already quantized ({quantization.label()}), which cannot "
             f"become {asked.label()}; leave --quant out to compile it as it is, or name the "
@@ -138,9 +140,27 @@ def _dequantized(
         layer=weight.module,
         form={
             "method": method,
-            "bits": form.bits,
             "order": weight.order,
-            "activations": form.activations,
+            "input_scale": weight.input_scale,
+            **as_data(weight.announced),
         },
     )
     return name
+
+
+def as_data(form: WeightForm) -> dict[str, Any]:
+    """What decides which operator keeps a weight, as `passes.quantize.kept` takes it."""
+    inputs = None if form.inputs is None else asdict(form.inputs)
+    size = {"group": form.group, "rows": form.rows}
+    return {"kind": form.kind, "bits": form.bits, **size, "inputs": inputs}
+
+
+def keeps(form: WeightForm, k: int = 0) -> tuple[Scheme | None, str | None]:
+    """`kept_scheme` of a form as announced: 8 bits with zero points count as having some."""
+    return kept_scheme(as_data(form), zeros=form.bits == 8 and not form.symmetric, k=k)
+
+
+def quant_json(quantization: Quantization) -> dict[str, Any]:
+    """The manifest's `quant` for a quantized checkpoint: what it is, and what of it is kept."""
+    scheme, _ = keeps(quantization.rules[0].form)
+    return {**quantization.to_json(), "activations": scheme.activations if scheme else "none"}

@@ -27,14 +27,31 @@ _ADVICE = "name the original model, or a checkpoint in one of the formats of doc
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """How a checkpoint rounds the input of a layer.
+
+    kind: "int" or "float". dynamic: a scale as the values come, else one that the checkpoint holds.
+    per: what a scale covers: "token", "tensor", or "group", the last with `group` features of a
+    token. symmetric: no zero points.
+    """
+
+    kind: str
+    bits: int
+    dynamic: bool
+    per: str
+    group: int = 0
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
 class WeightForm:
     """How a linear's weight is stored.
 
     layout: "awq", "gptq", "packed" (weight_packed), "plain" (an int8 or float8 tensor named weight)
     or "block" (float8 with weight_scale_inv). bits; kind: "int" or "float". group: features a scale
     covers, 0 for the whole row. rows: rows a scale covers, 0 for all of them. symmetric: no zero
-    points. zero_offset: what the stored zero points lack. activations: what the checkpoint does to
-    the layer's input, in words; None when it leaves it alone.
+    points. zero_offset: what the stored zero points lack. inputs: how the layer's input is rounded;
+    None when it is left alone.
     """
 
     layout: str
@@ -44,7 +61,12 @@ class WeightForm:
     rows: int = 1
     symmetric: bool = False
     zero_offset: int = 0
-    activations: str | None = None
+    inputs: Inputs | None = None
+
+    @property
+    def name(self) -> str:
+        """ "int4", "int8" or "fp8"."""
+        return f"int{self.bits}" if self.kind == "int" else f"fp{self.bits}"
 
 
 @dataclass(frozen=True)
@@ -75,11 +97,14 @@ class Quantization:
         general = [r for r in self.rules if any(_is_class(t) for t in r.targets)]
         return next((rule.form for rule in (*named, *general)), None)
 
-    def is_what(self, method: str, format: str, group_size: int) -> bool:
+    def is_what(self, method: str, format: str, group_size: int, activations: str) -> bool:
         """Whether `--quant method --format format` asks for what the checkpoint already is."""
         form = self.rules[0].form
-        same = form.kind == "int" and f"int{form.bits}" == format and form.group == group_size
-        return len(self.rules) == 1 and method == self.method and same
+        rounded = "none"
+        if form.inputs is not None:
+            rounded = "dynamic" if form.inputs.dynamic else "static"
+        asked = (method, format, group_size, activations)
+        return len(self.rules) == 1 and asked == (self.method, form.name, form.group, rounded)
 
     def label(self) -> str:
         """For reports: "gptq int4 g128", or "compressed-tensors float8"."""
@@ -93,7 +118,7 @@ class Quantization:
         form = self.rules[0].form
         return {
             "method": self.method,
-            "format": f"{form.kind}{form.bits}".replace("float8", "fp8"),
+            "format": form.name,
             "group_size": form.group,
             "from": "checkpoint",
             "mixed": len(self.rules) > 1 or self.varies,
@@ -209,10 +234,10 @@ def _fp8(given: Mapping[str, Any], where: str) -> Quantization:
         raise UserError(f"{where}: float8 {kind}; smelt reads e4m3; {_ADVICE}")
     block = given.get("weight_block_size")
     rows, group = (0, 0) if block is None else _block(block, where)
-    scheme = given.get("activation_scheme") or "dynamic"
-    form = WeightForm(
-        "block", 8, "float", group, rows, symmetric=True, activations=f"float8, {scheme}"
-    )
+    dynamic = (given.get("activation_scheme") or "dynamic") == "dynamic"
+    per = ("token" if block is None else "group") if dynamic else "tensor"
+    inputs = Inputs("float", 8, dynamic, per, group if per == "group" else 0)
+    form = WeightForm("block", 8, "float", group, rows, symmetric=True, inputs=inputs)
     ignored = _names(given.get("modules_to_not_convert"), f"{where}: modules_to_not_convert")
     return Quantization("fp8", (Rule(("Linear",), form),), ignored)
 
@@ -288,7 +313,7 @@ def _scheme(group: Mapping[str, Any], format: str, where: str) -> WeightForm:
         size,
         rows,
         symmetric=bool(weights.get("symmetric", True)),
-        activations=_activations(group.get("input_activations"), where),
+        inputs=_inputs(group.get("input_activations"), where),
     )
 
 
@@ -308,11 +333,17 @@ def _strategy(weights: Mapping[str, Any], where: str) -> tuple[int, int]:
     raise UserError(f"{where}: strategy {strategy} is not supported yet; {_ADVICE}")
 
 
-def _activations(given: Any, where: str) -> str | None:
+def _inputs(given: Any, where: str) -> Inputs | None:
     if given is None:
         return None
     if not isinstance(given, Mapping):
         raise UserError(f"{where}.input_activations is no JSON object; {_ADVICE}")
-    how = "dynamic" if given.get("dynamic") else "static"
-    per = given.get("strategy") or "tensor"
-    return f"{given.get('type', 'int')}{given.get('num_bits', 8)}, {how} per {per}"
+    dynamic = bool(given.get("dynamic"))
+    return Inputs(
+        str(given.get("type", "int")),
+        _number(given, ("num_bits",), where, 8),
+        dynamic,
+        str(given.get("strategy") or "tensor"),
+        _number(given, ("group_size",), where, 0),
+        bool(given.get("symmetric", True)),
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -27,7 +28,7 @@ _REST = {
     "plain": {"scales": "weight_scale", "zeros": "weight_zero_point"},
     "block": {"scales": "weight_scale_inv"},
 }
-# Tensors of a quantized module that smelt does not use: shapes, and scales of activations.
+# Tensors of a quantized module that are no weights: shapes, scales of activations, what is unused.
 _UNUSED = (
     *("weight_shape", "input_scale", "input_zero_point", "output_scale", "activation_scale"),
     *("weight_observer", "g_idx", "weight_g_idx"),
@@ -39,17 +40,21 @@ class StoredWeight:
     """One linear's quantized weight [N, K] in the checkpoint.
 
     tensors: "q", "scales" and, where there are any, "zeros" and "order" to tensor names. form: with
-    group and rows as they really are, never 0. order: None when feature k belongs to group
-    k / group; "groups" when whole groups changed places; "uneven" when groups have different sizes;
-    else a digest of the assignment, equal for layers that order their features in the same way.
+    group and rows as they really are, never 0; announced: as the configuration has it, 0 for all.
+    input_scale: of inputs that are rounded with one scale for all. order: None when feature k
+    belongs to group k / group; "groups" when whole groups changed places; "uneven" when groups have
+    different sizes; else a digest of the assignment, equal for layers that order their features in
+    the same way.
     """
 
     module: str
     n: int
     k: int
     form: WeightForm
+    announced: WeightForm
     tensors: Mapping[str, str]
     order: str | None = None
+    input_scale: float | None = None
 
 
 def stored_weights(
@@ -129,9 +134,10 @@ class _Reader:
         if k % group:
             order = "uneven"
         form = WeightForm(**{**vars(self.form), "group": group, "rows": rows})
-        return StoredWeight(self.module, n, k, form, dict(self.tensors), order)
+        scale = self._input_scale()
+        return StoredWeight(self.module, n, k, form, self.form, dict(self.tensors), order, scale)
 
-    def _missing(self, leaf: str) -> None:
+    def _missing(self, leaf: str) -> NoReturn:
         raise UserError(
             f"{self.where}: {self.module} is quantized, and its tensor {self.module}.{leaf} is "
             "missing; is the checkpoint complete?"
@@ -231,6 +237,24 @@ class _Reader:
         if not same:
             raise self._wrong("scales", f"{list(expected)} for {k} features in groups of {group}")
         return group, rows
+
+    def _input_scale(self) -> float | None:
+        """The scale of inputs that are rounded with one scale for all; None for other inputs."""
+        inputs = self.form.inputs
+        if inputs is None or inputs.dynamic or inputs.per != "tensor" or not inputs.symmetric:
+            return None
+        leaf = "activation_scale" if self.form.layout == "block" else "input_scale"
+        name = f"{self.module}.{leaf}"
+        entry = self.checkpoint.entries.get(name)
+        if entry is None:
+            self._missing(leaf)
+        value = self.checkpoint.tensor(name).flatten()
+        if value.numel() != 1 or not 0 < float(value[0]) < float("inf"):
+            raise UserError(
+                f"{self.where}: {name} is {value.tolist()[:4]}, expected one scale above 0; is the "
+                "checkpoint complete?"
+            )
+        return float(value[0])
 
     def _order(self, k: int, group: int) -> str | None:
         """What `g_idx` does to the features; the tensor is dropped where it does nothing."""

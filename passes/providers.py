@@ -27,6 +27,7 @@ from smelt.runtime.ops.rope import rope
 
 from .base import Close, Pass, PassResult
 from .dialect import CACHE_OPERATORS, smelt_name
+from .kernels import Kernel, kernel_for
 from .program import Dialect, Program, module_path
 from .rewrite import aten, shape
 from .weights import operation
@@ -44,6 +45,7 @@ INLINED_LINEARS: dict[str, Callable[..., Any]] = {
     "linear_int4": linear_int4,
     "linear_int8": linear_int8,
 }
+EXPERTS = ("experts", "experts_quantized")
 # Linears that quantize their input: a kernel of ours or the reference, never dequantized.
 QUANTIZED_INPUT = ("linear_w8a8", "linear_fp8")
 
@@ -166,17 +168,10 @@ class ChooseProviders(Pass):
             if name is None or "provider" in node.meta:
                 continue
             result.matched += 1
-            provider, reason = _choose(program, node, name, overrides.get(name))
-            _apply(program, node, name, provider)
+            kernel = _choose(program, node, name, overrides.get(name))
+            result.notes.append(_note(program, node, name, kernel))
+            _apply(program, node, name, kernel.provider)
             result.rewritten += 1
-            result.notes.append(
-                {
-                    "where": module_path(node) or node.name,
-                    "operator": name,
-                    "provider": provider,
-                    "reason": reason,
-                }
-            )
         return result
 
 
@@ -190,43 +185,40 @@ def _check_override(name: str, provider: str) -> None:
         )
 
 
-def _choose(program: Program, node: fx.Node, name: str, override: str | None) -> tuple[str, str]:
-    """(provider, reason) for one node."""
+def _choose(program: Program, node: fx.Node, name: str, override: str | None) -> Kernel:
+    """What computes one node."""
     if override is not None:
-        return override, "chosen by --provider"
-    if name in INLINED:
-        return "inductor", "traced into ATen and fused with its neighbours"
-    if program.target != "cpu":
-        if name in INLINED_LINEARS:
-            return "inductor", f"no {program.target} kernel yet; dequantized and multiplied"
-        return ("aten", "cuBLAS") if name == "linear" else ("reference", "no kernel yet")
-    if name == "linear":
-        if program.weight_name(node.args[1]) is None:
-            return "aten", "the second operand is not a weight"
-        return "cpu", "matrix-vector kernel for few rows, aten.linear for many"
-    if name in INLINED_LINEARS:
-        return "cpu", "kernel over the blocked layout"
-    if name == "linear_w8a8":
-        return "cpu", "integer dot products over the blocked layout"
-    if name == "linear_fp8":
-        return "cpu", "kernel that widens e4m3 to float32: the CPU has no fp8 arithmetic"
-    if name in CACHE_OPERATORS:
-        return "cpu", "kernel over the paged cache"
-    if name == "experts":
-        if None in (program.weight_name(weight) for weight in node.args[3:5]):
-            return "reference", "an expert's matrix is not a weight"
-        return "cpu", "kernel over the rows each expert got"
-    if name == "experts_quantized":
-        reason = _no_experts_kernel(program, node)
+        return Kernel(override, "chosen by --provider")
+    if name == "linear" and program.weight_name(node.args[1]) is None:
+        return Kernel("aten", "the second operand is not a weight")
+    if name in EXPERTS:
+        reason = _no_experts_kernel(program, node, name)
         if reason is not None:
-            return "reference", reason
-        return "cpu", "kernel over the rows each expert got and the blocked layout"
-    return "reference", "no kernel yet"
+            return Kernel("reference", reason)
+    return kernel_for(name, program.target)
 
 
-def _no_experts_kernel(program: Program, node: fx.Node) -> str | None:
-    """Why the blocked layouts do not keep the experts apart; None when they do."""
+def _note(program: Program, node: fx.Node, name: str, kernel: Kernel) -> dict[str, str]:
+    """What is said of a node in the manifest; weight: the planned name of a linear's weight."""
+    note = {
+        "where": module_path(node) or node.name,
+        "operator": name,
+        "provider": kernel.provider,
+        "reason": kernel.reason,
+    }
+    if kernel.limit is not None:
+        note["limit"] = kernel.limit
+    weight = program.weight_name(node.args[1]) if name.startswith("linear") else None
+    return note if weight is None else {**note, "weight": weight}
+
+
+def _no_experts_kernel(program: Program, node: fx.Node, name: str) -> str | None:
+    """Why the kernel cannot take these experts, or their layout not keep them apart; None when it
+    can."""
     args: Any = node.args
+    if name == "experts":
+        named = all(program.weight_name(weight) is not None for weight in args[3:5])
+        return None if named else "an expert's matrix is not a weight"
     experts, block = args[11:13]
     for q, scales in (args[3:5], args[6:8]):
         rows, width = (

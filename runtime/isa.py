@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from functools import cache
@@ -103,3 +104,26 @@ def missing(required: list[str]) -> list[str]:
     """Those of `required` that this machine lacks; none where the machine does not tell."""
     have = available()
     return sorted(set(required) - have) if have else []
+
+
+# What each set of our kernels needs of the processor, the best last: as in kernels/cpu/isa.cpp.
+_SETS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_vnni": {"avx512_vnni"},
+    "avx512_bf16": {"avx512_bf16"},
+}
+
+
+def kernel_set() -> str | None:
+    """The set of our C++ kernels that runs on this machine, without loading them; None where the
+    machine does not tell. SMELT_CPU_ISA names another of those that it has."""
+    if not available():
+        return None
+    sets = ["baseline"]
+    for name, needs in _SETS.items():
+        if not needs <= available():
+            break
+        sets.append(name)
+    wanted = os.environ.get("SMELT_CPU_ISA", "")
+    return wanted if wanted in sets else sets[-1]

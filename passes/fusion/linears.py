@@ -70,7 +70,7 @@ def _refusal(program: Program, family: list[fx.Node]) -> str | None:
     if len(set(names)) < len(family):
         return "two siblings share one weight"
     if len({stored_form(program.weights, name) for name in names}) > 1:
-        return "the checkpoint holds the siblings in different quantized forms"
+        return "the checkpoint holds the siblings in different quantized forms, or in uneven blocks"
     return None
 
 

@@ -24,20 +24,12 @@ from .formats import _prepared, check_finite, joined, row_chunks
 from .graph_run import Replacement
 from .groups import Group, find_groups
 from .linears import Linear, find_linears
-from .spec import QuantSpec
+from .spec import QuantSpec, Scheme
 from .verdict import Verdict, expected, rewrite_each
+from .w8a8 import put_scale
 
 smelt = torch.ops.smelt
 EXPERTS_REMARK = "weights only: the inputs of experts stay as they are"
-KERNELS = {
-    "cpu": "C++ over e4m3 bytes, widened to float32: no fast kernel on the CPU, which has no fp8 "
-    "arithmetic; int8 (smoothquant, or rtn --format int8) is faster there",
-}
-
-
-def kernel_of(target: str) -> str:
-    """What multiplies e4m3 on a target, for the verdict."""
-    return KERNELS.get(target, f"the reference: no fp8 kernel for {target} yet")
 
 
 def quantize_fp8(weight: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,20 +86,32 @@ def to_fp8(program: Program, linear: Linear, input_scale: torch.Tensor | None = 
         kinds=[],
         layer=linear.layer,
     )
+    return call_fp8(program, linear, names, input_scale)
+
+
+def call_fp8(
+    program: Program, linear: Linear, names: Sequence[str], input_scale: torch.Tensor | None
+) -> fx.Node:
+    """Replace `linear` by smelt::linear_fp8 over planned qweight and scales.
+
+    input_scale: float32 [1] for static activations. The scheme's group size is that of blocks.
+    """
     packed = [program.weight(name) for name in names]
-    static = None
-    if input_scale is not None:
-        static = program.weight(
-            program.weights.put(f"{linear.weight}.input_scale", input_scale.reshape(1))
-        )
     args = (
-        *(linear.node.args[0], *packed, static, linear.bias),
-        *(linear.scheme.activations, block),
+        *(linear.node.args[0], *packed, put_scale(program, linear, input_scale), linear.bias),
+        *(linear.scheme.activations, linear.scheme.group_size),
     )
     with program.graph.inserting_before(linear.node):
         node = program.call(smelt.linear_fp8.default, args, like=linear.node)
     program.replace(linear.node, node)
     return node
+
+
+def inputs_label(scheme: Scheme) -> str | None:
+    """How the operator rounds its input, for the verdict; None where it does not."""
+    each = f"for {scheme.group_size} features of a token" if scheme.group_size else "a token"
+    labels = {"dynamic": f"e4m3, a scale {each}", "static": "e4m3, one scale"}
+    return labels.get(scheme.activations)
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ class QuantizeFp8(Pass):
         def rewrite(linear: Linear, result: PassResult) -> Verdict:
             choice = choices.get(linear.weight)
             to_fp8(program, linear, choice.input_scale if choice else None)
-            return _verdict(linear, spec, choice.error if choice else None, program.target)
+            return _verdict(linear, choice.error if choice else None)
 
         return rewrite_each(program, linears, rewrite, layers)
 
@@ -222,17 +226,13 @@ def _calibrated(
     return calibrate(program, groups, StaticFp8(), options, layers)
 
 
-def _verdict(linear: Linear, spec: QuantSpec, error: float | None, target: str) -> Verdict:
-    block = linear.scheme.group_size
-    each = f"{block} features of a token" if block else "a token"
-    labels = {"dynamic": f"e4m3, a scale for {each}", "static": "e4m3, one scale"}
+def _verdict(linear: Linear, error: float | None) -> Verdict:
     return Verdict(
         linear.layer,
         "fp8",
         "fp8",
-        block,
+        linear.scheme.group_size,
         linear.parameters,
         error=error,
-        activations=labels[spec.activations],
-        kernel=kernel_of(target),
+        activations=inputs_label(linear.scheme),
     )

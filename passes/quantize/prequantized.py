@@ -13,13 +13,15 @@ from smelt.passes.program import Dialect, Program
 from smelt.passes.rewrite import aten, shape
 from smelt.passes.weights import Step, TensorSource
 
+from . import fp8, w8a8
 from .experts import Experts, find_experts
-from .linears import Linear, find_linears, layer_name
+from .kept import kept_scheme
+from .linears import Linear, find_linears, layer_name, replace_linear
 from .spec import QuantSpec, Scheme
 from .stored import DEQUANTIZE, stored_parts
 from .verdict import Verdict, leave_experts, left_alone, parameters, summary
 
-smelt = torch.ops.smelt
+FIELDS = ("qweight", "scales")
 EXPERTS_REMARK = "dequantized: the integers of a checkpoint's experts are not kept"
 
 
@@ -46,17 +48,25 @@ class KeepQuantized(Pass):
 
         y = smelt::linear_int4(aten.index_select(x, -1, by_group), qweight, scales, zeros, bias)
 
-    Legal when an operator exists for the form: 4 bits with groups of whole features, 8 bits without
-    zero points. Values and zero points are kept bit for bit; a scale that bfloat16 cannot hold is
-    rounded, and the verdict says by how much at most. Every other form stays the dequantized 16-bit
-    weight it is, and its verdict says why. Pays because a decode step reads every weight once.
+    and where the checkpoint rounds the layer's inputs, too::
+
+        y = smelt::linear_w8a8(x, qweight, scales, input_scale, bias)
+        y = smelt::linear_fp8(x, qweight, scales, input_scale, bias, "dynamic", 128)
+
+    Legal when an operator exists for the form (`kept.py`): 4 bits with groups of whole features, 8
+    bits without zero points, float8 with a scale a tensor, row or square block. Values and zero
+    points are kept bit for bit. Scales are exact for weights times rounded inputs and for float8;
+    elsewhere a scale that bfloat16 cannot hold is rounded, and the verdict says by how much at
+    most. Inputs that the operator cannot round as the checkpoint does are left alone, which the
+    verdict says. Every other form stays the dequantized 16-bit weight it is, and its verdict says
+    why. Pays because a decode step reads every weight once.
     """
 
     name = "keep-quantized"
     summary = "linears of a quantized checkpoint keep its integers, scales and zero points"
     requires = Dialect.SEMANTIC
     produces = Dialect.QUANTIZED
-    numerics = Lossy(max_kl=0.01, min_top1=0.9)
+    numerics = Lossy()
     Options = PrequantizedOptions
 
     def run(self, program: Program, options: PrequantizedOptions) -> PassResult:
@@ -101,47 +111,31 @@ def _decide(
         stays = linear.reason or "the checkpoint holds it at 16 bit"
         return replace(linear, reason=stays), None
     names = tuple(f"{part.args['layer']}.weight" for part in parts)
-    group = int(parts[0].args["group"])
-    scheme = Scheme("int4" if _q(program, parts[0]) == torch.uint8 else "int8", group)
-    linear = replace(linear, layer=layer_name(names), sources=names, scheme=scheme, reason=None)
-    reason = _no_operator(program, linear, parts, source)
-    if reason is not None:
+    linear = replace(linear, layer=layer_name(names), sources=names, reason=None)
+    scheme, remark = _scheme(program, linear, parts, source)
+    if scheme is None:
         dtype = str(program.weights.specs[linear.weight].dtype).removeprefix("torch.")
-        return replace(linear, reason=f"{reason}: dequantized to {dtype}"), None
-    activations = parts[0].args["form"]["activations"]
-    if activations is None:
-        return linear, None
-    return linear, f"its activations ({activations}) stay as they are: no operator yet"
+        return replace(linear, reason=f"{remark}: dequantized to {dtype}"), None
+    return replace(linear, scheme=scheme), remark
 
 
-def _q(program: Program, part: Step) -> torch.dtype:
-    return program.weights.specs[part.inputs[0]].dtype
-
-
-def _no_operator(
+def _scheme(
     program: Program, linear: Linear, parts: list[Step], source: TensorSource | None
-) -> str | None:
-    """Why no operator computes with this form; None when one does. The one place that decides."""
-    args = parts[0].args
+) -> tuple[Scheme | None, str | None]:
+    """(the scheme that keeps these weights, a remark), or (None, why they are dequantized)."""
+    form = parts[0].args["form"]
     assert isinstance(linear.node.args[1], fx.Node)
     if len(linear.node.args[1].users) > 1:
-        return "its weight is read in several places"
-    if any(_q(program, part).is_floating_point for part in parts):
-        return f"no operator yet for float8 weights (activations {args['form']['activations']})"
+        return None, "its weight is read in several places"
+    scheme, remark = kept_scheme(form, zeros=_has_zeros(program, parts, source), k=linear.k)
+    if scheme is None or scheme.format == "fp8":
+        return scheme, remark
     if any(part.args["form"]["order"] == "uneven" for part in parts):
-        return "its groups have different sizes"
-    if args["group"] != linear.k and args["group"] % 8:
-        return f"kernels read features eight at a time, and its groups have {args['group']}"
-    rows = [int(part.args["rows"]) for part in parts]
-    n = [program.weights.specs[part.outputs[0]].shape[0] for part in parts]
-    whole = all(row >= size for row, size in zip(rows, n, strict=True))
-    if any(row != 1 for row in rows) and not (whole and args["group"] == linear.k):
-        return "no operator yet for scales that blocks of rows share"
-    if linear.scheme.format == "int8" and _has_zeros(program, parts, source):
-        return "no operator yet for 8 bits with zero points"
-    if linear.scheme.format == "int4" and any(row != 1 for row in rows):
-        return "no operator yet for 4 bits with one scale a tensor"
-    return None
+        return None, "its groups have different sizes"
+    group = int(parts[0].args["group"])
+    if group != linear.k and group % 8:
+        return None, f"kernels read features eight at a time, and its groups have {group}"
+    return scheme, remark
 
 
 def _input(part: Step, kind: str) -> str | None:
@@ -150,6 +144,9 @@ def _input(part: Step, kind: str) -> str | None:
 
 
 def _has_zeros(program: Program, parts: list[Step], source: TensorSource | None) -> bool:
+    """Whether 8-bit weights have zero points other than 0."""
+    if parts[0].args["form"]["bits"] != 8:
+        return False
     names = [name for part in parts if (name := _input(part, "zeros")) is not None]
     if not names or source is None:
         return bool(names)
@@ -157,43 +154,65 @@ def _has_zeros(program: Program, parts: list[Step], source: TensorSource | None)
 
 
 def to_kept(program: Program, linear: Linear, parts: list[Step]) -> None:
-    """Replace `linear` by its quantized operator over the integers of `parts`, joined along N."""
+    """Replace `linear` by its quantized operator over the values of `parts`, joined along N."""
     plan = program.weights
-    int4 = linear.scheme.format == "int4"
-    fields = ("qweight", "scales", "zeros") if int4 else ("qweight", "scales")
-    x: Any = linear.node.args[0]
+    fields = ("qweight", "scales", "zeros") if linear.scheme.format == "int4" else FIELDS
     columns: list[list[str]] = []
     by_group: str | None = None
     for part in parts:
         q, scales, zeros, sorting = _in_order(program, part)
         by_group = by_group or sorting
-        layer = str(part.args["layer"])
-        names = [f"{layer}.weight.{field}" for field in fields]
-        if len(parts) == 1:
-            names = [f"{linear.weight}.{field}" for field in fields]
-        if int4:
-            given = [q, scales] if zeros is None else [q, scales, zeros]
-            columns.append(list(plan.add("keep_int4", names, given, layer=layer)))
-        else:
-            groups = linear.scheme.groups(linear.k)
-            columns.append(
-                list(plan.add("keep_int8", names, [q, scales], groups=groups, layer=layer))
-            )
+        base = linear.weight if len(parts) == 1 else f"{part.args['layer']}.weight"
+        names = [f"{base}.{field}" for field in fields]
+        columns.append(_keep(program, linear, part, names, q, scales, zeros))
     packed = columns[0]
     if len(parts) > 1:
         packed = [
             plan.add("cat", [f"{linear.weight}.{field}"], column, dim=0)[0]
             for field, column in zip(fields, zip(*columns, strict=True), strict=True)
         ]
-    target = smelt.linear_int4.default if int4 else smelt.linear_int8.default
-    weights = [program.weight(name) for name in packed]
-    index = program.weight(by_group) if by_group is not None else None
-    with program.graph.inserting_before(linear.node):
-        if index is not None:
+    if by_group is not None:
+        x: Any = linear.node.args[0]
+        index = program.weight(by_group)
+        with program.graph.inserting_before(linear.node):
             last = len(shape(x)) - 1
             x = program.call(aten.index_select.default, (x, last, index), like=linear.node)
-        node = program.call(target, (x, *weights, linear.bias), like=linear.node)
-    program.replace(linear.node, node)
+        linear.node.update_arg(0, x)
+    _call(program, linear, packed, parts[0].args["form"]["input_scale"])
+
+
+def _keep(
+    program: Program,
+    linear: Linear,
+    part: Step,
+    names: list[str],
+    q: str,
+    scales: str,
+    zeros: str | None,
+) -> list[str]:
+    """The canonical form of one part, as planned names."""
+    plan, scheme, layer = program.weights, linear.scheme, str(part.args["layer"])
+    if scheme.format == "int4":
+        given = [q, scales] if zeros is None else [q, scales, zeros]
+        return list(plan.add("keep_int4", names, given, layer=layer))
+    if scheme.format == "fp8":
+        return list(plan.add("keep_fp8", names, [q, scales], block=scheme.group_size, layer=layer))
+    if scheme.activations != "none":
+        return list(plan.add("keep_w8a8", names, [q, scales], layer=layer))
+    groups = scheme.groups(linear.k)
+    return list(plan.add("keep_int8", names, [q, scales], groups=groups, layer=layer))
+
+
+def _call(program: Program, linear: Linear, names: list[str], input_scale: float | None) -> None:
+    """Replace `linear` by the operator of its scheme over the planned weights `names`."""
+    scheme = linear.scheme
+    static = torch.tensor([input_scale]) if scheme.activations == "static" else None
+    if scheme.format == "fp8":
+        fp8.call_fp8(program, linear, names, static)
+    elif scheme.activations != "none":
+        w8a8.call_w8a8(program, linear, names, static)
+    else:
+        replace_linear(program, linear, names)
 
 
 def _in_order(program: Program, part: Step) -> tuple[str, str, str | None, str | None]:
@@ -222,8 +241,9 @@ def _verdict(
     source: TensorSource | None,
 ) -> Verdict:
     remarks = [remark] if remark else []
-    changed = 0.0
-    if source is not None:
+    changed, scheme = 0.0, linear.scheme
+    rounds = scheme.format != "fp8" and scheme.activations == "none"
+    if source is not None and rounds:
         names = [part.inputs[1] for part in parts]
         found = program.weights.materialize(names, source)
         changed = max(bfloat16_change(scales) for _, scales in found)
@@ -232,11 +252,19 @@ def _verdict(
     return Verdict(
         linear.layer,
         str(parts[0].args["form"]["method"]),
-        linear.scheme.format,
-        0 if linear.scheme.group_size == linear.k else linear.scheme.group_size,
+        scheme.format,
+        0 if scheme.group_size == linear.k else scheme.group_size,
         linear.parameters,
         scale_change=changed,
         reason="; ".join(remarks) or None,
+        activations=_inputs_label(scheme),
+        weight=linear.weight,
+    )
+
+
+def _inputs_label(scheme: Scheme) -> str | None:
+    return (
+        fp8.inputs_label(scheme) if scheme.format == "fp8" else w8a8.LABELS.get(scheme.activations)
     )
 
 

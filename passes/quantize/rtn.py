@@ -10,7 +10,7 @@ from smelt.passes.program import Dialect, Program
 
 from .expert_layers import ExpertLayers
 from .experts import find_experts
-from .fp8 import kernel_of, to_fp8
+from .fp8 import to_fp8
 from .linears import Linear, find_linears, to_quantized
 from .spec import QuantSpec
 from .verdict import Verdict, expected, group_note, group_size, rewrite_each
@@ -69,7 +69,6 @@ class QuantizeRtn(Pass):
                 group_size(linear),
                 linear.parameters,
                 reason=group_note(linear),
-                kernel=kernel_of(program.target) if fp8 else None,
             )
 
         linears = find_linears(program, options.spec)

@@ -24,10 +24,9 @@ from .linears import Linear, find_linears
 from .smooth_search import ALPHAS, Inputs, output_error, search_alpha
 from .spec import QuantSpec
 from .verdict import Verdict, expected, rewrite_each
-from .w8a8 import check_width, kernel_of, product, to_w8a8
+from .w8a8 import LABELS, check_width, product, to_w8a8
 
 EXPERTS_REMARK = "weights only and not smoothed: the 16-bit router reads the same input"
-LABELS = {"dynamic": "int8, a scale a token", "static": "int8, one scale"}
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ class QuantizeSmoothQuant(Pass):
             names = applied.get(linear.weight, {})
             static = choice.input_scale if choice else None
             to_w8a8(program, linear, names.get("columns"), names.get("rows"), static)
-            return _verdict(linear, spec, choice, reason, program.target)
+            return _verdict(linear, spec, choice, reason)
 
         return rewrite_each(program, linears, rewrite, layers)
 
@@ -185,11 +184,7 @@ def _calibrated(
 
 
 def _verdict(
-    linear: Linear,
-    spec: QuantSpec,
-    choice: SmoothQuantFound | None,
-    reason: str | None,
-    target: str,
+    linear: Linear, spec: QuantSpec, choice: SmoothQuantFound | None, reason: str | None
 ) -> Verdict:
     return Verdict(
         linear.layer,
@@ -202,5 +197,4 @@ def _verdict(
         error=choice.error if choice else None,
         reason=reason,
         activations=LABELS[spec.activations],
-        kernel=kernel_of(target),
     )

@@ -66,6 +66,21 @@ class Scheme:
     group_size: int
     activations: str = "none"
 
+    @property
+    def operator(self) -> str:
+        """The smelt:: operator that multiplies by such a weight."""
+        both = self.format == "int8" and self.activations != "none"
+        return "linear_w8a8" if both else f"linear_{self.format}"
+
+    def label(self) -> str:
+        """ "int4 g128", "int8, dynamic inputs", "fp8 128 x 128, static inputs"."""
+        size = self.group_size
+        words = (
+            f"{self.format} {size} x {size}" if self.format == "fp8" else f"{self.format} g{size}"
+        )
+        words = words if size else self.format
+        return words if self.activations == "none" else f"{words}, {self.activations} inputs"
+
     def groups(self, k: int) -> int:
         """Scales a row of K features has. A size that does not divide K: one for the row."""
         size = self.group_size

@@ -18,6 +18,7 @@ compressed-tensors' pack_to_int32 (along a row, values offset to be unsigned).
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -169,6 +170,30 @@ def _keep_int8(
     return q.contiguous(), scales.to(torch.bfloat16).contiguous()
 
 
+@operation("keep_w8a8")
+def _keep_w8a8(q: torch.Tensor, scales: torch.Tensor, *, layer: str) -> tuple[torch.Tensor, ...]:
+    """The canonical form of int8 times int8: q bit for bit, scales exact, float32 [N]."""
+    _check_scales(scales, layer)
+    return q.contiguous(), scales.float().reshape(-1).expand(q.shape[0]).contiguous()
+
+
+@operation("keep_fp8")
+def _keep_fp8(
+    q: torch.Tensor, scales: torch.Tensor, *, block: int, layer: str
+) -> tuple[torch.Tensor, ...]:
+    """The canonical fp8 form: q bit for bit, scales exact, float32 [N, 1] or one a block.
+
+    Raises SmeltError naming the layer for weights that are NaN, which the kernel does not know.
+    """
+    _check_scales(scales, layer)
+    if not q.is_meta and bool(((q.view(torch.uint8) & 0x7F) == 0x7F).any()):
+        raise SmeltError(f"{layer}: some of its float8 weights are NaN; is the checkpoint whole?")
+    wide = scales.float()
+    if block:
+        return q.contiguous(), wide.reshape(-(-q.shape[0] // block), -(-q.shape[1] // block))
+    return q.contiguous(), wide.reshape(-1, 1).expand(q.shape[0], 1).contiguous()
+
+
 DEQUANTIZE = "dequantize_stored"
 
 
@@ -188,11 +213,17 @@ def stored_parts(plan: WeightPlan, name: str) -> list[Step]:
 
 
 def stored_form(plan: WeightPlan, name: str) -> tuple[Any, ...] | None:
-    """What two weights must share to become one quantized weight; None for an ordinary weight."""
+    """What two weights must share to become one quantized weight; None for an ordinary weight.
+
+    A weight whose last block of scales is not full shares nothing: the next one's rows would have
+    to start a block of their own.
+    """
     step = plan.producers().get(name)
     if step is None or step.op != DEQUANTIZE:
         return None
     q, scales = (plan.specs[n].dtype for n in step.inputs[:2])
     args = step.args
-    rows = 0 if args["rows"] >= plan.specs[name].shape[0] > 1 else args["rows"]
-    return (q, scales, tuple(args["kinds"]), args["group"], rows, tuple(args["form"].items()))
+    rows = args["form"]["rows"]
+    alone = name if rows and plan.specs[name].shape[0] % rows else None
+    form = json.dumps(args["form"], sort_keys=True)
+    return (q, scales, tuple(args["kinds"]), args["group"], alone, form)

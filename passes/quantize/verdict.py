@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from smelt.passes.rewrite import is_call, shape
 
 from .experts import Experts
 from .linears import Linear
+from .spec import Scheme
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Verdict:
     error_rtn and error: the layer's output error relative to its output, ||dY||^2 / ||Y||^2, on
     calibration rows by plain rounding and as chosen; None where nothing was measured. reason: why
     it was left alone, or why less was done than the method can. activations: how the input is
-    quantized; kernel: what multiplies on the target, where that is not every format's own.
+    quantized. weight: the planned name, by which the kernel that choose-providers notes is found.
     scale_change: of weights that the checkpoint holds quantized, the largest relative change of a
     scale. Of experts, errors are means over the matrices that were searched; tokens_per_expert: the
     calibration tokens that each got; experts_rounded: those that got too few to search.
@@ -44,7 +45,7 @@ class Verdict:
     error: float | None = None
     reason: str | None = None
     activations: str | None = None
-    kernel: str | None = None
+    weight: str | None = None
     scale_change: float | None = None
     tokens_per_expert: list[int] | None = None
     experts_rounded: list[int] | None = None
@@ -53,9 +54,10 @@ class Verdict:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-def left_alone(linear: Linear | Experts) -> Verdict:
+def left_alone(layer: Linear | Experts) -> Verdict:
     """The verdict of a layer that stays at 16 bits."""
-    return Verdict(linear.layer, "none", "16 bit", 0, linear.parameters, reason=linear.reason)
+    verdict = Verdict(layer.layer, "none", "16 bit", 0, layer.parameters, reason=layer.reason)
+    return replace(verdict, weight=layer.weight) if isinstance(layer, Linear) else verdict
 
 
 def leave_experts(result: PassResult, layers: Sequence[Experts]) -> None:
@@ -101,7 +103,8 @@ def rewrite_each(
             result.decline(linear.node, linear.reason)
             result.notes.append(left_alone(linear).to_json())
             continue
-        result.notes.append(rewrite(linear, result).to_json())
+        verdict = rewrite(linear, result)
+        result.notes.append(replace(verdict, weight=linear.weight).to_json())
         result.rewritten += count
     result.matched += len(experts.found)
     leave_experts(result, experts.found)
@@ -116,9 +119,14 @@ def rewrite_each(
 
 def group_note(linear: Linear) -> str | None:
     """The reason to record when the group size does not divide K."""
-    if linear.scheme.fits(linear.k):
+    return indivisible(linear.scheme, linear.k)
+
+
+def indivisible(scheme: Scheme, k: int) -> str | None:
+    """What a layer of K features makes of a group size that does not divide them."""
+    if scheme.format == "fp8" or scheme.fits(k):
         return None
-    return f"K = {linear.k} is not divisible by {linear.scheme.group_size}: one group a row"
+    return f"K = {k} is not divisible by {scheme.group_size}: one group a row"
 
 
 def group_size(linear: Linear) -> int:

@@ -7,7 +7,7 @@ Scales are float32: the product is scaled after its integer sum is complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -22,14 +22,7 @@ from .formats import _prepared, joined, row_chunks
 from .linears import Linear
 
 smelt = torch.ops.smelt
-KERNELS = {
-    "cpu": "C++, integer dot products; the same bits on every instruction set",
-}
-
-
-def kernel_of(target: str) -> str:
-    """What multiplies int8 by int8 on a target, for the verdict."""
-    return KERNELS.get(target, f"the reference: no int8 x int8 kernel for {target} yet")
+LABELS = {"dynamic": "int8, a scale a token", "static": "int8, one scale"}
 
 
 def quantize_w8a8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,12 +92,18 @@ def to_w8a8(
         kinds=[kind for kind, _ in given],
         layer=linear.layer,
     )
+    return call_w8a8(program, linear, names, input_scale)
+
+
+def call_w8a8(
+    program: Program, linear: Linear, names: Sequence[str], input_scale: torch.Tensor | None
+) -> fx.Node:
+    """Replace `linear` by smelt::linear_w8a8 over planned qweight and scales.
+
+    input_scale: float32 [1] for static activations.
+    """
     packed = [program.weight(name) for name in names]
-    static = None
-    if input_scale is not None:
-        static = program.weight(
-            program.weights.put(f"{linear.weight}.input_scale", input_scale.reshape(1))
-        )
+    static = put_scale(program, linear, input_scale)
     with program.graph.inserting_before(linear.node):
         node = program.call(
             smelt.linear_w8a8.default,
@@ -113,3 +112,11 @@ def to_w8a8(
         )
     program.replace(linear.node, node)
     return node
+
+
+def put_scale(program: Program, linear: Linear, input_scale: torch.Tensor | None) -> fx.Node | None:
+    """The graph's input for a linear's static input scale; None where there is none."""
+    if input_scale is None:
+        return None
+    name = f"{linear.weight}.input_scale"
+    return program.weight(program.weights.put(name, input_scale.reshape(1)))

@@ -37,6 +37,21 @@ TINY = {
 }
 
 
+def compressed(kind: str, strategy: str) -> dict[str, Any]:
+    """A compressed-tensors configuration of 8-bit weights and dynamic inputs."""
+    form = {"num_bits": 8, "type": kind, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**form, "strategy": "channel"},
+        "input_activations": {**form, "strategy": strategy, "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "config_groups": {"group_0": group},
+    }
+
+
 def write(folder: Path, config: dict[str, Any], name: str = "model.json") -> str:
     (folder / name).write_text(json.dumps(config))
     return str(folder / name)
@@ -143,9 +158,31 @@ def test_a_quantized_checkpoint_counts_as_it_is(tmp_path: Path) -> None:
     assert found.quant == "gptq int4 g128" and "compiled as it is" in found.notes[0]
     with pytest.raises(UserError, match=r"already quantized \(gptq int4 g128\)"):
         plan(write(tmp_path, {**LLAMA_7B, "quantization_config": config}), quant="rtn")
-    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    eight = plan(write(tmp_path, {**LLAMA_7B, "quantization_config": config}))
-    assert eight.weights_bytes == eight.weights_unquantized_bytes
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, {"group_size": 128}),
+        ({"quant_method": "fp8"}, {}),
+        (compressed("int", "token"), {"quant": "smoothquant", "alpha": 0.0}),
+        (compressed("float", "token"), {}),
+    ],
+    ids=["fp8-blocks", "fp8", "w8a8", "compressed-fp8"],
+)
+def test_8_bit_checkpoints_keep_their_weights(
+    tmp_path: Path, config: dict[str, Any], same: dict[str, Any]
+) -> None:
+    ours = plan(write(tmp_path, LLAMA_7B), **{"quant": "fp8", **same})
+    found = plan(write(tmp_path, {**LLAMA_7B, "quantization_config": config}))
+    assert found.weights_bytes == ours.weights_bytes
+    assert {kind.operator for kind in found.layers} == {kind.operator for kind in ours.layers}
+
+
+def test_what_no_operator_keeps_counts_dequantized(tmp_path: Path) -> None:
+    config = {"quant_method": "fp8", "weight_block_size": [64, 128]}
+    found = plan(write(tmp_path, {**LLAMA_7B, "quantization_config": config}))
+    assert found.weights_bytes == found.weights_unquantized_bytes
 
 
 def test_tied_embeddings_count_once(tmp_path: Path) -> None:

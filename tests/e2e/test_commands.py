@@ -51,6 +51,19 @@ def test_inspect_tells_what_each_pass_did(awq: Path) -> None:
     assert "quantize-awq" in smelt("inspect", awq, "--passes").stdout
 
 
+def test_inspect_joins_each_layers_error_and_kernel(awq: Path) -> None:
+    data = json.loads(smelt("inspect", awq, "--json").stdout)
+    layers = {row["layer"]: row for row in data["layers"]}
+    assert len(layers) == 4 * 5 + 1  # q+k+v, o, gate+up and down of five layers, and the head
+    first = layers["model.layers.0.self_attn.q_proj+k_proj+v_proj"]
+    assert (first["format"], first["operator"], first["provider"]) == ("int4", "linear_int4", "cpu")
+    assert 0 < first["error"] <= first["error_rtn"]
+    assert layers["lm_head"]["format"] == "16 bit" and "tied" in layers["lm_head"]["note"]
+    shown = smelt("inspect", awq).stdout
+    assert "model.layers.*.mlp.down_proj (5)" in shown and "model.layers.3" not in shown
+    assert "model.layers.3.mlp.down_proj" in smelt("inspect", awq, "--layers").stdout
+
+
 def test_eval_against_the_original(awq: Path) -> None:
     text = ROOT / "models" / "demo" / "heldout.txt"
     arguments = ("--text", text, "--against", DEMO, "--max-tokens", "2000", "--json")

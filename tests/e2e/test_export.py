@@ -21,6 +21,7 @@ from smelt.runtime.errors import SmeltError, UserError
 IDS = torch.arange(3, 27) * 5 % 128
 PROMPTS = ["Once upon a time", "The sum of 12 and 30 is"]
 LENGTH = 16
+END = 4  # the demo model's end of an answer, after which it is free to say anything
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +35,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(demo: Path) -> list[list[int]]:
+    return greedy(demo)
+
+
+def greedy(artifact: Path, prompts: list[str] = PROMPTS) -> list[list[int]]:
     """Greedy tokens of the artifact."""
-    llm = smelt.load(demo, kv_cache_tokens=512)
+    llm = smelt.load(artifact, kv_cache_tokens=512)
     params = smelt.SamplingParams(max_tokens=LENGTH, temperature=0.0, ignore_eos=True)
-    return [list(output.token_ids) for output in llm.generate(PROMPTS, params)]
+    return [list(output.token_ids) for output in llm.generate(prompts, params)]
 
 
 def loaded(folder: Path) -> Any:
@@ -50,13 +55,18 @@ def loaded(folder: Path) -> Any:
 def test_the_demo_model_says_the_same(
     demo: Path, said: list[list[int]], tmp_path: Path, format: str
 ) -> None:
-    from transformers import AutoTokenizer
-
     out = tmp_path / "folder"
     command("export", demo, "-o", out, "--format", format)
-    tokenizer, model = AutoTokenizer.from_pretrained(out), loaded(out)
+    assert transformers_greedy(out) == said
+
+
+def transformers_greedy(folder: Path, prompts: list[str] = PROMPTS) -> list[list[int]]:
+    """Greedy tokens of a folder as transformers loads it."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), loaded(folder)
     found = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         length = ids.shape[1]
         with torch.no_grad():
@@ -64,7 +74,65 @@ def test_the_demo_model_says_the_same(
                 best = model(ids).logits[:, -1].argmax(-1, keepdim=True)
                 ids = torch.cat([ids, best], 1)
         found.append(ids[0, length:].tolist())
-    assert found == said
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("int-quantized", {"quant": "smoothquant", "alpha": 0.0}),
+        ("float-quantized", {"quant": "fp8"}),
+        ("float-quantized", {"quant": "fp8", "group_size": 128}),
+        ("naive-quantized", {"quant": "rtn", "format": "fp8"}),
+    ],
+)
+def test_8_bits_that_round_inputs_too(tmp_path: Path, layout: str, options: dict[str, Any]) -> None:
+    smelt.compile(DEMO, tmp_path / "out", dtype="fp32", backend="eager", **options)
+    done = smelt.export(tmp_path / "out", tmp_path / "folder")
+    assert done.quantized >= 7 and done.notes == ()
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == layout and "dequantize" not in config
+    # compressed-tensors rounds int8 inputs with max|x| / 127.5, smelt with max|x| / 127: the model
+    # must be sure of its answer for both to give it, as it is of what it was taught.
+    prompts = [f"<|user|>{text}<|end|><|assistant|>" for text in ("47+62", "What is 5 + 35?")]
+    ours = greedy(tmp_path / "out", prompts)
+    theirs = transformers_greedy(tmp_path / "folder", prompts)
+    assert [answer[: answer.index(END)] for answer in theirs] == [
+        answer[: answer.index(END)] for answer in ours
+    ]
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel"}
+    inputs = {"num_bits": 8, "type": kind, "dynamic": False, "strategy": "tensor"}
+    foreign.compressed(
+        tmp_path / "model", weights=weights, activations=inputs, input_scale=lambda name: 0.03
+    )
+    smelt.compile(tmp_path / "model", tmp_path / "out", backend="eager", dtype="fp32")
+    smelt.export(tmp_path / "out", tmp_path / "folder")
+    given = load_file(tmp_path / "model" / "model.safetensors")
+    back = load_file(tmp_path / "folder" / "model.safetensors")
+    assert set(back) == set(given) and any(name.endswith("input_scale") for name in back)
+    for name, value in given.items():
+        assert back[name].dtype == value.dtype, name
+        assert torch.equal(back[name].view(torch.uint8), value.view(torch.uint8)), name
+    raw = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("model", "folder")]
+    first, second = (r["quantization_config"]["config_groups"]["group_0"] for r in raw)
+    for part in ("weights", "input_activations"):
+        assert second[part].items() <= first[part].items()
+
+
+def test_3_bits_go_back_as_plain_weights_only(tmp_path: Path) -> None:
+    model = module("Llama")
+    options: dict[str, Any] = {"quant": "rtn", "format": "int3", "group_size": 32}
+    smelt.compile(model, tmp_path / "out", backend="eager", **options)
+    with pytest.raises(UserError, match=r"compressed-tensors can hold .*3 bits"):
+        smelt.export(tmp_path / "out", tmp_path / "ct")
+    assert smelt.export(tmp_path / "out", tmp_path / "hf", format="hf").plain == 15
+    with torch.no_grad():
+        found, original = (m(IDS[None]).logits for m in (loaded(tmp_path / "hf"), model))
+    assert 0 < (found - original).abs().max() < 0.5 * original.abs().max()
 
 
 def test_the_demo_folder_holds_packed_integers_under_the_modules_names(

@@ -167,9 +167,11 @@ def awq(
     return write(folder, model or module("Llama"), config, quantizer, only)
 
 
-def fp8(folder: Path, sizes: tuple[int, int] | None = (128, 128)) -> torch.nn.Module:
+def fp8(
+    folder: Path, sizes: tuple[int, int] | None = (128, 128), input_scale: float | None = None
+) -> torch.nn.Module:
     """DeepSeek's layout: float8_e4m3fn, and a float32 scale to multiply with for every block;
-    sizes None: one scale a tensor."""
+    sizes None: one scale a tensor. input_scale: of static activations, the same for all layers."""
 
     def quantizer(name: str, w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         n, k = w.shape
@@ -185,9 +187,13 @@ def fp8(folder: Path, sizes: tuple[int, int] | None = (128, 128)) -> torch.nn.Mo
                 stored[rows, columns] = (w[rows, columns] / scales[i, j]).to(torch.float8_e4m3fn)
                 weight[rows, columns] = stored[rows, columns].float() * scales[i, j]
         scales = scales if sizes else scales.reshape(())
-        return {"weight": stored, "weight_scale_inv": scales}, weight
+        tensors = {"weight": stored, "weight_scale_inv": scales}
+        if input_scale is not None:
+            tensors["activation_scale"] = torch.tensor(input_scale)
+        return tensors, weight
 
-    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    config = {"quant_method": "fp8", "fmt": "e4m3"}
+    config["activation_scheme"] = "dynamic" if input_scale is None else "static"
     config |= {"weight_block_size": list(sizes) if sizes else None}
     return write(folder, module("Llama"), config, quantizer)
 
@@ -232,9 +238,11 @@ def compressed(
     activations: dict[str, Any] | None = None,
     model: Any = None,
     exact: bool = True,
+    input_scale: Callable[[str], float] | None = None,
 ) -> torch.nn.Module:
     """A checkpoint written by the compressed-tensors package. exact: bfloat16 can hold its scales,
-    which are stored as float32 so that the package dequantizes in float32."""
+    which are stored as float32 so that the package dequantizes in float32. input_scale: of static
+    activations, by module."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -254,6 +262,8 @@ def compressed(
         if not args.symmetric:
             state["weight_zero_point"] = zeros
         packed = compressor.compress(state, scheme)
+        if input_scale is not None:
+            packed["input_scale"] = torch.tensor([input_scale(name)])
         return packed, compressor.decompress(packed, scheme)["weight"]
 
     group = {
@@ -271,6 +281,35 @@ def compressed(
         "kv_cache_scheme": None,
     }
     return write(folder, model or module("Llama"), config, quantizer)
+
+
+def rounding_inputs(
+    reference: torch.nn.Module,
+    kind: str,
+    group: int = 0,
+    scale: Callable[[str], float] | None = None,
+) -> torch.nn.Module:
+    """`reference` with the inputs of its linears rounded to "int8" or "float8" and back, the one of
+    the logits excepted: a scale a token, or for `group` features of it, or `scale` of a module."""
+    most = 127.0 if kind == "int8" else 448.0
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        x = x.clamp(-most, most)
+        return x.round() if kind == "int8" else x.to(torch.float8_e4m3fn).float()
+
+    def hook(name: str) -> Callable[..., Any]:
+        def apply(_: Any, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            parts = list(args[0].split(group or args[0].shape[-1], -1))
+            for i, x in enumerate(parts):
+                own = x.abs().amax(-1, keepdim=True) / most if scale is None else scale(name)
+                parts[i] = rounded(x / own) * own
+            return torch.cat(parts, -1)
+
+        return apply
+
+    for name in linears(reference):
+        reference.get_submodule(name).register_forward_pre_hook(hook(name))
+    return reference
 
 
 def compressed_out_of_order(folder: Path) -> torch.nn.Module:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from smelt.models.quantized import Quantization, WeightForm, describe
+from smelt.models.quantized import Inputs, Quantization, WeightForm, describe
 from smelt.runtime.errors import UserError
 
 
@@ -61,13 +61,37 @@ def test_groups_of_compressed_tensors_by_name_before_class() -> None:
     found = read(**compressed(config_groups=groups))
     down, up = found.form("model.layers.0.mlp.down_proj"), found.form("model.layers.0.mlp.up_proj")
     assert down and up and (down.bits, down.group, up.bits, up.group) == (8, 0, 4, 32)
-    assert found.to_json()["mixed"] and not found.is_what("compressed-tensors", "int4", 32)
+    assert found.to_json()["mixed"] and not found.is_what("compressed-tensors", "int4", 32, "none")
 
 
 def test_what_is_asked_may_be_what_it_is() -> None:
     found = read(quant_method="awq", bits=4, group_size=64)
-    assert found.is_what("awq", "int4", 64)
-    assert not found.is_what("awq", "int4", 128) and not found.is_what("rtn", "int4", 64)
+    assert found.is_what("awq", "int4", 64, "none")
+    assert not found.is_what("awq", "int4", 128, "none")
+    assert not found.is_what("rtn", "int4", 64, "none")
+    found = read(quant_method="fp8", weight_block_size=[128, 128])
+    assert found.is_what("fp8", "fp8", 128, "dynamic")
+    assert not found.is_what("fp8", "fp8", 128, "static")
+    assert not found.is_what("fp8", "fp8", 0, "dynamic")
+
+
+def test_how_inputs_are_rounded() -> None:
+    def inputs(**given: Any) -> Inputs | None:
+        form = read(**given).form("model.layers.0.mlp.up_proj")
+        assert form is not None
+        return form.inputs
+
+    block = [128, 128]
+    assert inputs(quant_method="awq", bits=4) is None
+    by_group = inputs(quant_method="fp8", weight_block_size=block)
+    assert by_group == Inputs("float", 8, True, "group", 128)
+    assert inputs(quant_method="fp8") == Inputs("float", 8, True, "token")
+    static = inputs(quant_method="fp8", activation_scheme="static")
+    assert static == Inputs("float", 8, False, "tensor")
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8}}
+    group["input_activations"] = {"num_bits": 8, "strategy": "token", "dynamic": True}
+    given = compressed(group, format="int-quantized")
+    assert inputs(**given) == Inputs("int", 8, True, "token")
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -78,3 +78,25 @@ def test_without_a_compiler_everything_known_counts(monkeypatch: pytest.MonkeyPa
 
 def test_kernel_names_are_given_once() -> None:
     assert len(set(isa.MACROS.values())) == len(isa.MACROS)
+
+
+def test_the_set_of_kernels_is_the_one_the_library_takes() -> None:
+    from smelt.runtime.kernels import build
+
+    assert isa.kernel_set() == build.active_isa()
+
+
+def test_the_best_set_comes_last_and_another_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flags(text: str) -> None:
+        isa.available.cache_clear()
+        monkeypatch.setattr(Path, "read_text", lambda self: f"flags\t: {text}\n")
+
+    monkeypatch.delenv("SMELT_CPU_ISA", raising=False)
+    flags("fpu avx2 fma")
+    assert isa.kernel_set() == "baseline"
+    flags("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16")
+    assert isa.kernel_set() == "avx512"  # bf16 products are used with vnni only
+    monkeypatch.setenv("SMELT_CPU_ISA", "avx2")
+    assert isa.kernel_set() == "avx2"
+    monkeypatch.setenv("SMELT_CPU_ISA", "avx512_vnni")
+    assert isa.kernel_set() == "avx512"

@@ -1,0 +1,78 @@
+"""Which operator keeps the weights of a quantized checkpoint as they are, and what becomes of the
+rounding of its inputs. Asked with a weight's description, so that planning needs no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from smelt.runtime.ops.linear_w8a8 import MAX_K
+
+from .spec import Scheme
+
+
+def kept_scheme(
+    form: Mapping[str, Any], *, zeros: bool = False, k: int = 0
+) -> tuple[Scheme | None, str | None]:
+    """(the scheme that keeps a stored weight, what it leaves out), or (None, why there is none).
+
+    form: "kind" int or float; "bits"; "group" features and "rows" that a scale covers, 0 for all;
+    "inputs", how the checkpoint rounds the layer's input: None, or "kind", "bits", "dynamic",
+    "per" token, tensor or group, "group" features, "symmetric". zeros: whether 8-bit weights have
+    zero points. k: the layer's features.
+    """
+    if form["kind"] == "float":
+        return _float8(form)
+    group, rows = form["group"], form["rows"]
+    if rows > 1 or (rows == 0 and group):
+        return None, "no operator yet for integers with scales that blocks of rows share"
+    if form["bits"] == 4:
+        if rows == 0:
+            return None, "no operator yet for 4 bits with one scale a tensor"
+        return Scheme("int4", group), _left(form)
+    if zeros:
+        return None, "no operator yet for 8 bits with zero points"
+    mode = None if group or k > MAX_K else _mode(form, "int", per="token")
+    if mode is None:
+        return Scheme("int8", group), _left(form)
+    return Scheme("int8", 0, mode), None
+
+
+def _float8(form: Mapping[str, Any]) -> tuple[Scheme | None, str | None]:
+    group, rows = form["group"], form["rows"]
+    if group and group != rows:
+        return None, f"no operator yet for float8 with scales of {rows or 'all'} x {group} weights"
+    if rows > 1 and not group:
+        return None, f"no operator yet for float8 with scales of {rows} rows"
+    per = "group" if group else "token"
+    mode = _mode(form, "float", per)
+    if mode == "dynamic" and form["inputs"]["group"] != group:
+        mode = None
+    if mode is None:
+        return Scheme("fp8", group), _left(form)
+    return Scheme("fp8", group, mode), None
+
+
+def _mode(form: Mapping[str, Any], kind: str, per: str) -> str | None:
+    """ "dynamic" or "static" where our operators round as the checkpoint asks, else None.
+
+    per: what a dynamic scale covers in the operator.
+    """
+    inputs = form["inputs"]
+    if inputs is None or inputs["kind"] != kind or inputs["bits"] != 8 or not inputs["symmetric"]:
+        return None
+    if inputs["dynamic"]:
+        return "dynamic" if inputs["per"] == per else None
+    return "static" if inputs["per"] == "tensor" else None
+
+
+def _left(form: Mapping[str, Any]) -> str | None:
+    """The remark about inputs that a checkpoint rounds and the operator does not."""
+    inputs = form["inputs"]
+    if inputs is None:
+        return None
+    how = "dynamic" if inputs["dynamic"] else "static"
+    size = f" of {inputs['group']}" if inputs["group"] else ""
+    zeros = "" if inputs["symmetric"] else ", with zero points"
+    words = f"{inputs['kind']}{inputs['bits']}, {how} per {inputs['per']}{size}{zeros}"
+    return f"its activations ({words}) stay as they are: no operator rounds them so"

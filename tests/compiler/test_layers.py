@@ -1,0 +1,91 @@
+"""What `smelt plan` says of layers is what compiling does with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.quantized import module, program_of
+
+from smelt.compiler.layers import kinds, layers
+from smelt.compiler.manager import PassManager
+from smelt.compiler.pipeline import PipelineConfig, pipeline
+from smelt.compiler.quantization import stage_for
+from smelt.models.quantized import Quantization, Rule, WeightForm
+from smelt.passes.quantize import QuantSpec
+
+NONE = QuantSpec()
+
+
+def planned(model: Any, spec: QuantSpec, stored: Quantization | None = None) -> list[Any]:
+    return kinds(layers(model, spec, stored), "cpu")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        NONE,
+        QuantSpec("rtn", "int4", 32),
+        QuantSpec("rtn", "int3", 64),
+        QuantSpec("rtn", "fp8"),
+        QuantSpec("smoothquant", alpha=0.0),
+        QuantSpec("fp8", group_size=128),
+    ],
+    ids=QuantSpec.label,
+)
+def test_the_plan_and_the_compiler_name_the_same_kernels(spec: QuantSpec) -> None:
+    model = module("Llama")
+    program = program_of(model)
+    stage = stage_for(spec) if spec.method != "none" else None
+    stages = pipeline(PipelineConfig(quantize=stage))
+    names = [s.pass_.name for s in stages]
+    PassManager(stages[names.index("keep-logits-rows") - (stage is not None) :]).run(program)
+    notes = [n for n in program.records[-1]["notes"] if n["operator"].startswith("linear")]
+    said = ("operator", "provider", "reason", "limit")
+    chosen = {tuple(note.get(key) for key in said) for note in notes}
+    assert {tuple(getattr(kind, key) for key in said) for kind in planned(model, spec)} == chosen
+
+
+def test_layers_that_are_alike_are_one_line() -> None:
+    attention, ends, down, _ = planned(module("Llama"), QuantSpec("awq", "int4", 64))
+    assert (attention.layers, attention.count, attention.format) == (
+        "model.layers.*.self_attn.q_proj+k_proj+v_proj+o_proj",
+        8,
+        "int4 g64",
+    )
+    assert ends.layers == "model.layers.*.mlp.gate_proj+up_proj" and ends.note is None
+    assert down.layers == "model.layers.*.mlp.down_proj"
+    assert down.note == "K = 96 is not divisible by 64: one group a row"
+
+
+def test_what_stays_at_16_bits_says_why() -> None:
+    *_, head = planned(module("Llama"), QuantSpec("rtn", "int8"))
+    assert (head.layers, head.format, head.note) == ("lm_head", "16 bit", "lm_head")
+
+
+def test_experts_and_mixed_formats_are_told() -> None:
+    *_, experts = planned(module("Mixtral"), QuantSpec("smoothquant"))
+    assert (experts.operator, experts.provider, experts.count) == ("experts_quantized", "cpu", 4)
+    assert experts.format == "int8", "their inputs stay as they are"
+    first = planned(module("Llama"), QuantSpec("mixed", bits=3.5))[0]
+    assert first.format == "mixed" and "3.5 bits a weight" in (first.note or "")
+    found = layers(module("Llama"), QuantSpec("mixed", bits=4.0))
+    quantized = [layer for layer in found if layer.scheme]
+    assert sum(x.packed_bytes for x in quantized) * 8 == sum(x.bytes for x in quantized)
+
+
+def test_a_quantized_checkpoint_says_what_is_kept() -> None:
+    form = WeightForm("plain", 8, "float", rows=16, group=32, symmetric=True)
+    stored = Quantization("compressed-tensors", (Rule(("Linear",), form),), ("lm_head",))
+    first = planned(module("Llama"), NONE, stored)[0]
+    assert first.format == "16 bit"
+    assert first.note == "no operator yet for float8 with scales of 16 x 32 weights: dequantized"
+    form = WeightForm("plain", 8, "float", rows=32, group=32, symmetric=True)
+    stored = Quantization("compressed-tensors", (Rule(("Linear",), form),), ("lm_head",))
+    model = module("Llama")
+    found = layers(model, NONE, stored)
+    assert {layer.scheme.label() for layer in found if layer.scheme} == {"fp8 32 x 32"}
+    weight = torch.nn.Linear(64, 96).weight
+    up = next(layer for layer in found if layer.name == "model.layers.0.mlp.up_proj")
+    assert up.saved == weight.numel() * 4 - (96 * 64 + 4 * 3 * 2)
