@@ -56,8 +56,9 @@ class SmeltLM(TemplateLM):
     path: the artifact, or an open `LLM`. max_length: tokens of context and continuation, the
     artifact's context by default. add_bos_token: begin texts with BOS or not, whatever the
     tokenizer does. prefix_token_id: stands before texts without a context; BOS, or else the end
-    token, by default. kv_cache_tokens: as in `smelt.load`. batch_size and max_batch_size are taken
-    because the harness passes them; device must be the artifact's. Raises UserError.
+    token, by default. kv_cache_tokens: as in `smelt.load`. batch_size, max_batch_size and device
+    are taken because the harness's command line always passes them, and change nothing: the engine
+    batches, and the artifact was compiled for its device. Raises UserError.
     """
 
     def __init__(
@@ -78,8 +79,6 @@ class SmeltLM(TemplateLM):
         self.tokenizer = self.llm.tokenizer
         self.backend = "causal"
         self._device = self.llm.engine.program.device
-        if device is not None and torch.device(device).type != self._device.type:
-            raise UserError(f"device={device}: the artifact was compiled for {self._device.type}")
         capacity = self.llm.engine.capacity
         if max_length is not None and not 2 <= max_length <= capacity:
             raise UserError(f"max_length={max_length}: give 2 or more, at most {capacity}")

@@ -6,6 +6,9 @@ Offline: the tasks are local files. The oracle is the harness's `HFLM` over the 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,9 +180,26 @@ def test_tasks_of_the_harness(
     assert found["chats"]["byte_perplexity"] < 2
 
 
+def test_the_command_line_of_the_harness(fp32: Path, tasks: Path) -> None:
+    """`python -m smelt.lm_eval` is the harness's, with our model known to it."""
+    command = [sys.executable, "-m", "smelt.lm_eval", "run", "--model", "smelt", "--limit", "2"]
+    command += ["--model_args", f"path={fp32}", "--tasks", "sums", "--include_path", str(tasks)]
+    cache = {"HF_DATASETS_CACHE": str(tasks / "cache")}
+    done = subprocess.run(
+        [*command, "--apply_chat_template", "--output_path", str(tasks / "out")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **cache},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = (tasks / "out").rglob("results_*.json")
+    assert json.loads(result.read_text())["results"]["sums"]["exact_match,none"] == 1.0
+
+
 def test_the_harness_finds_the_model_by_name(fp32: Path) -> None:
     lm = get_model("smelt").create_from_arg_string(
-        f"path={fp32},max_length=64,add_bos_token=False", {"batch_size": 8, "device": "cpu"}
+        f"path={fp32},max_length=64,add_bos_token=False", {"batch_size": 8, "device": "cuda:0"}
     )
     assert (lm.max_length, lm.batch_size, lm.tok_encode("a")) == (64, 8, lm.tok_encode("a", False))
 
@@ -188,7 +208,6 @@ def test_the_harness_finds_the_model_by_name(fp32: Path) -> None:
     ("act", "words"),
     [
         (lambda lm: SmeltLM(lm.llm, max_length=513), "at most 512"),
-        (lambda lm: SmeltLM(lm.llm, device="cuda"), "compiled for cpu"),
         (lambda lm: lm.chat_template("tools"), "an artifact has one"),
         (lambda lm: lm._params({"num_beams": 4}, [], 0), "num_beams"),
         (lambda lm: lm._params({"max_gen_toks": 512}, [], 0), "context is 512"),
