@@ -183,7 +183,7 @@ def main() -> None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(record, indent=1) + "\n")
     if given.docs:
-        write_into(given.docs, table(rows), MARKS)
+        write_into(given.docs, MARKS, table(rows))
 
 
 if __name__ == "__main__":

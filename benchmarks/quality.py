@@ -191,19 +191,19 @@ def stored_bytes(program: Program) -> int:
     return total
 
 
-def subject(folder: Path, text: Path, given: argparse.Namespace, tokenizer: Any) -> Subject:
+def subject(
+    folder: Path, text: Path, characters: int, context: int, tokenizer: Any, questions: int = 0
+) -> Subject:
     from transformers import AutoModelForCausalLM
 
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = tokenizer.encode(text.read_text(encoding="utf-8")[: given.characters])
-    context = given.context
+    ids = tokenizer.encode(text.read_text(encoding="utf-8")[:characters])
     count = len(ids) // context
     windows = [torch.tensor(ids[i * context : (i + 1) * context]) for i in range(count)]
-    scored = given.characters * count * (context - 1) / len(ids)
+    scored = characters * count * (context - 1) / len(ids)
     source = ModuleSource(module)
     program = semantic(module)
     reference = run(program, weights_of(program, source), windows)
-    questions = given.questions if folder.name in ANSWERING else 0
     return Subject(folder.name, module, source, tokenizer, questions, windows, scored, reference)
 
 
@@ -296,7 +296,8 @@ def main() -> None:
     chosen = [(folder, given.text, given.calib) for folder in given.model or ()]
     for folder, text, calib in chosen or SUBJECTS:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        of = subject(folder, text, given, tokenizer)
+        questions = given.questions if folder.name in ANSWERING else 0
+        of = subject(folder, text, given.characters, given.context, tokenizer, questions)
         calibration = load_calibration(calib, tokenizer, given.samples, given.context)
         for spec in (None, *SCHEMES):
             if given.scheme and (spec.label() if spec else "fp32") not in given.scheme:

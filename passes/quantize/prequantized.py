@@ -18,7 +18,7 @@ from .experts import Experts, find_experts
 from .kept import kept_scheme
 from .linears import Linear, find_linears, layer_name, replace_linear
 from .spec import QuantSpec, Scheme
-from .stored import DEQUANTIZE, stored_parts
+from .stored import DEQUANTIZE, stored_form, stored_parts
 from .verdict import Verdict, leave_experts, left_alone, parameters, summary
 
 FIELDS = ("qweight", "scales")
@@ -127,6 +127,8 @@ def _scheme(
     assert isinstance(linear.node.args[1], fx.Node)
     if len(linear.node.args[1].users) > 1:
         return None, "its weight is read in several places"
+    if len({stored_form(program.weights, part.outputs[0]) for part in parts}) > 1:
+        return None, "its parts are stored in different quantized forms, or in uneven blocks"
     scheme, remark = kept_scheme(form, zeros=_has_zeros(program, parts, source), k=linear.k)
     if scheme is None or scheme.format == "fp8":
         return scheme, remark
