@@ -2,7 +2,7 @@
 
 A method says how scales and weights are found, a format how they are stored and multiplied. A
 combination that does not work is refused here, before a weight is read, with the reason and the
-nearest one that works. What is written to disk follows the configuration of compressed-tensors.
+nearest one that works.
 """
 
 from __future__ import annotations
@@ -179,68 +179,6 @@ class QuantSpec:
                     f"know (it knows {', '.join(sorted(known))}); was it made by a newer one?"
                 )
         return cls(**{**data, "keep": tuple(data.get("keep", ROLES))})
-
-    def compressed_tensors_config(self, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
-        """`quantization_config` in the compressed-tensors form; ignore: module paths left alone.
-
-        Empty for method none.
-        """
-        if self.method == "none":
-            return {}
-        form = FORMATS[self.format]
-        weights: dict[str, Any] = {
-            "num_bits": form.bits,
-            "type": "float" if self.format == "fp8" else "int",
-            "symmetric": form.symmetric,
-            "strategy": "group" if self.group_size else "channel",
-            "group_size": self.group_size or None,
-            "dynamic": False,
-            "actorder": None,
-            "block_structure": None,
-            "observer": "minmax",
-            "observer_kwargs": {},
-        }
-        if self.format == "fp8" and self.group_size:
-            weights |= {"strategy": "block", "group_size": None}
-            weights |= {"block_structure": [self.group_size, self.group_size]}
-        group = {
-            "targets": ["Linear"],
-            "weights": weights,
-            "input_activations": self._input_activations(),
-            "output_activations": None,
-        }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": self._storage(),
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": list(ignore),
-            "kv_cache_scheme": None,
-            "global_compression_ratio": None,
-        }
-
-    def _input_activations(self) -> dict[str, Any] | None:
-        """How compressed-tensors describes the quantization of inputs; None where there is none."""
-        if self.activations == "none":
-            return None
-        strategy = "tensor" if self.activations == "static" else "token"
-        return {
-            "num_bits": FORMATS[self.format].bits,
-            "type": "float" if self.format == "fp8" else "int",
-            "symmetric": True,
-            "strategy": "group" if self.group_size else strategy,
-            "group_size": self.group_size or None,
-            "dynamic": self.activations == "dynamic",
-            "actorder": None,
-            "block_structure": None,
-            "observer": "minmax" if self.activations == "static" else None,
-            "observer_kwargs": {},
-        }
-
-    def _storage(self) -> str:
-        if self.activations != "none":
-            return "float-quantized" if self.format == "fp8" else "int-quantized"
-        return "naive-quantized" if self.format == "fp8" else "pack-quantized"
 
 
 def _check_method(method: str, format: str) -> None:

@@ -126,49 +126,9 @@ def test_text_is_needed_where_activations_are_measured() -> None:
     assert not any(spec.needs_calibration for spec in content)
 
 
-def test_compressed_tensors_says_how_inputs_are_quantized() -> None:
-    def group(spec: QuantSpec) -> tuple[str, dict, dict]:
-        config = spec.compressed_tensors_config()
-        found = config["config_groups"]["group_0"]
-        return config["format"], found["weights"], found["input_activations"]
-
-    form, weights, inputs = group(QuantSpec("smoothquant"))
-    assert form == "int-quantized" and (weights["type"], weights["strategy"]) == ("int", "channel")
-    assert (inputs["num_bits"], inputs["strategy"], inputs["dynamic"]) == (8, "token", True)
-    form, weights, inputs = group(QuantSpec("fp8", activations="static"))
-    assert form == "float-quantized" and weights["type"] == inputs["type"] == "float"
-    assert (inputs["strategy"], inputs["dynamic"]) == ("tensor", False)
-    _, weights, inputs = group(QuantSpec("fp8", group_size=128))
-    assert (weights["strategy"], weights["block_structure"]) == ("block", [128, 128])
-    assert (inputs["strategy"], inputs["group_size"]) == ("group", 128)
-    form, weights, none = group(QuantSpec("rtn", "fp8"))
-    assert none is None and weights["type"] == "float" and form == "naive-quantized"
-
-
 def test_a_field_of_a_newer_version_is_refused() -> None:
     with pytest.raises(UserError, match="newer"):
         QuantSpec.from_json({"method": "rtn", "sparsity": "2:4"})
-
-
-def test_compressed_tensors_configuration() -> None:
-    config = QuantSpec("awq", "int4", 64).compressed_tensors_config(("lm_head",))
-    weights = config["config_groups"]["group_0"]["weights"]
-    assert config["quant_method"] == "compressed-tensors"
-    assert config["ignore"] == ["lm_head"]
-    assert (weights["num_bits"], weights["symmetric"], weights["strategy"]) == (4, False, "group")
-    assert weights["group_size"] == 64
-    rows = QuantSpec("rtn", "int8").compressed_tensors_config()
-    weights = rows["config_groups"]["group_0"]["weights"]
-    assert (weights["num_bits"], weights["symmetric"], weights["strategy"]) == (8, True, "channel")
-    assert weights["group_size"] is None
-    assert QuantSpec().compressed_tensors_config() == {}
-
-
-def test_compressed_tensors_reads_our_configuration() -> None:
-    quantization = pytest.importorskip("compressed_tensors.quantization")
-    for spec in (QuantSpec("awq", "int4", 64), QuantSpec("rtn", "int8")):
-        parsed = quantization.QuantizationConfig.model_validate(spec.compressed_tensors_config())
-        assert parsed.config_groups["group_0"].weights.symmetric is (spec.format == "int8")
 
 
 def test_a_group_size_that_does_not_divide_is_one_group_a_row() -> None:
