@@ -30,9 +30,14 @@ EXPERTS_REMARK = "gate_up is only clipped: the 16-bit router reads the same inpu
 
 @dataclass(frozen=True)
 class AwqOptions(CalibrationOptions):
-    """As of every calibrated method; without a spec int4 in groups of 128."""
+    """As of every calibrated method; without a spec int4 in groups of 128.
+
+    Scales are searched on `max_rows` alone, so there are more of them: of 512 tokens the search
+    learnt by heart what it should have found.
+    """
 
     spec: QuantSpec = field(default_factory=lambda: QuantSpec("awq"))
+    max_rows: int = 2048
 
 
 @dataclass(frozen=True)
