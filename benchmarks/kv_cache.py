@@ -37,7 +37,7 @@ from smelt.models.demo import needle as demo_needle
 from smelt.passes.program import Program
 from smelt.runtime.haystack import repeat
 from smelt.runtime.kernels import build
-from smelt.runtime.needle import Retrieval, retrieval
+from smelt.runtime.needle import SHORTEST, Retrieval, retrieval
 from smelt.runtime.ops.cache_format import CACHE_FORMATS
 from smelt.runtime.tokenizer import Tokenizer
 
@@ -124,7 +124,7 @@ def needles(
         ]
 
     haystack = demo_needle.haystack() if is_demo(folder) else repeat(text)
-    lengths = (context // 2, context)
+    lengths = tuple(n for n in (context // 2, context) if n >= SHORTEST)
     return retrieval(haystack, Tokenizer(folder), score, lengths, trials=trials)
 
 

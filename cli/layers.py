@@ -16,20 +16,23 @@ _SAID = ("method", "format", "group_size", "alpha", "activations", "error_rtn", 
 
 
 def joined(manifest: Any) -> list[dict[str, Any]]:
-    """Every linear of an artifact: what its quantization pass said, and what computes it.
+    """Every linear and layer of experts of an artifact: what its quantization pass said, and what
+    computes it.
 
     layer, method, format, group_size, error_rtn, error, note (why less was done than asked);
     operator, provider, reason, limit (why nothing faster computes it). Absent where there is
     nothing to say. Empty for artifacts whose manifest names no weights beside its kernels.
     """
     notes = [note for record in manifest.passes for note in record.get("notes", [])]
-    verdicts = {_base(note["weight"]): note for note in notes if "layer" in note}
+    verdicts = {_base(note.get("weight", note["layer"])): note for note in notes if "layer" in note}
     found = []
     for kernel in manifest.providers:
-        if "weight" not in kernel:
+        if "weight" not in kernel and not kernel["operator"].startswith("experts"):
             continue
-        verdict = verdicts.get(_base(kernel["weight"]), {})
-        row = {"layer": verdict.get("layer", kernel["where"]), "format": "16 bit"}
+        verdict = verdicts.get(_base(kernel.get("weight", kernel["where"])), {})
+        # A head that shares the embedding's weight is better known by its own name.
+        named = verdict.get("method", "none") != "none"
+        row = {"layer": verdict["layer"] if named else kernel["where"], "format": "16 bit"}
         row |= {key: verdict[key] for key in _SAID if key in verdict}
         row |= {"note": verdict["reason"]} if "reason" in verdict else {}
         parts = ("operator", "provider", "reason", "limit")

@@ -20,11 +20,16 @@ def manifest() -> Any:
         | {"error_rtn": 0.2 + i, "error": 0.1 + i}
         for i in range(2)
     ]
-    head = {"layer": "lm_head", "weight": "embed.weight", "method": "none", "format": "16 bit"}
+    head = {
+        "layer": "model.embed_tokens",
+        "weight": "embed.weight",
+        "method": "none",
+        "format": "16 bit",
+    }
     head["reason"] = "lm_head (tied)"
     chosen = [kernel(f"layers.{i}.up.weight@1.qweight", "linear_int4") for i in range(2)]
     chosen[0]["weight"] = "layers.0.up.weight.qweight"
-    chosen.append(kernel("embed.weight", "linear", limit="slow"))
+    chosen.append({**kernel("embed.weight", "linear", limit="slow"), "where": "lm_head"})
     chosen.append({"where": "x", "operator": "rope", "provider": "inductor", "reason": "fused"})
     passes = [{"name": "quantize-awq", "notes": [*verdicts, head, {"summary": "all"}]}]
     return SimpleNamespace(passes=passes, providers=chosen)
@@ -44,9 +49,21 @@ def test_each_linear_has_its_verdict_and_its_kernel() -> None:
 def test_without_a_verdict_the_place_is_named() -> None:
     given = manifest()
     given.passes = []
-    assert {row["layer"] for row in joined(given)} == {"somewhere"}
+    assert {row["layer"] for row in joined(given)} == {"somewhere", "lm_head"}
     given.providers = [{k: v for k, v in n.items() if k != "weight"} for n in given.providers]
     assert joined(given) == []  # made before kernels named their weights
+
+
+def test_layers_of_experts_are_told_too() -> None:
+    given = manifest()
+    where = "model.layers.0.mlp.experts"
+    given.providers = [
+        {"where": where, "operator": "experts_quantized", "provider": "cpu", "reason": "because"}
+    ]
+    verdict = {"layer": where, "method": "gptq", "format": "int4", "group_size": 32, "error": 0.1}
+    given.passes = [{"name": "quantize-gptq", "notes": [verdict]}]
+    (row,) = joined(given)
+    assert (row["layer"], row["operator"], row["error"]) == (where, "experts_quantized", 0.1)
 
 
 def test_like_layers_share_a_line_with_the_largest_error() -> None:
