@@ -43,10 +43,8 @@ def _print_layers(rows: list[dict[str, Any]], every: bool) -> None:
     """The linear layers; those that are alike in one line, with their largest errors."""
     if not rows:
         return
-    from rich.console import Console
-
     print()
-    Console(highlight=False).print(layers.table(rows if every else layers.by_kind(rows)))
+    layers.show(rows if every else layers.by_kind(rows))
     print()
 
 

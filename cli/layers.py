@@ -11,6 +11,8 @@ from smelt.runtime import isa
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Columns where nobody's window is too narrow.
+UNFOLDED = 400
 # What a verdict says of a layer, beside its name.
 _SAID = ("method", "format", "group_size", "alpha", "activations", "error_rtn", "error")
 
@@ -78,6 +80,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         error = [_error(row)] if measured else []
         made.add_row(name + count, _format(row), *error, _kernel(row), _why(row))
     return made
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print `table` as wide as the terminal; into a file or a pipe no cell is folded."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = UNFOLDED
+    console.print(table(rows))
 
 
 def _format(row: Mapping[str, Any]) -> str:

@@ -90,7 +90,7 @@ def command(
 
     console = Console(highlight=False)
     console.print(table(found))
-    console.print(layers.table([asdict(kind) for kind in found.layers]))
+    layers.show([asdict(kind) for kind in found.layers])
     for line in (verdict(found), *(f"note: {note}" for note in found.notes)):
         console.print(line, markup=False, soft_wrap=True)
 

@@ -93,7 +93,7 @@ def _expert_matrix(
         note = "the integers of a checkpoint's experts are not kept: dequantized"
     elif spec.method != "none" and min(weight.shape[1:]) >= spec.min_features:
         asked, note = _asked(spec, name, k)
-        scheme = replace(asked, activations="none")
+        scheme = asked if asked is MIXED else replace(asked, activations="none")
     layer = _layer(name, weight, n, k, scheme, note, spec, experts)
     return replace(layer, experts=True)
 
