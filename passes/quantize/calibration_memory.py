@@ -13,6 +13,7 @@ tests/passes/quantize/test_calibration_memory.py holds the plan to 15 % of what 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -75,7 +76,7 @@ def plan_memory(
         stop = calls.index(station.node)
         running = values.piece(calls[start:stop], lengths)
         running += waiting + _made(program, calls[start:stop], quantized)
-        kept = sum(values.before(calls[stop], length) for length in lengths)
+        kept = values.of_all(calls[stop], lengths)
         weights = _made(program, _nodes(station), set())
         linears = _linears(station)
         searching = max(_search(program, linear, method, rows, max(lengths)) for linear in linears)
@@ -107,13 +108,23 @@ class _Values:
             self.root[node] = root
             uses = [self.order[user] for user in node.users]
             self.last[root] = max([self.last.get(root, -1), *uses])
+        self.sizes: dict[tuple[fx.Node, int], int] = {}
         self.roots = [n for n in self.nodes if self.root.get(n) is n and n.op != "output"]
 
     def before(self, node: fx.Node, length: int) -> int:
         """Bytes of one sample that live just before `node` runs."""
         at = self.order[node]
         alive = (r for r in self.roots if self.order[r] < at <= self.last[r])
-        return sum(_bytes(root, length) for root in alive)
+        return sum(self._size(root, length) for root in alive)
+
+    def _size(self, root: fx.Node, length: int) -> int:
+        if (root, length) not in self.sizes:
+            self.sizes[root, length] = _bytes(root, length)
+        return self.sizes[root, length]
+
+    def of_all(self, node: fx.Node, lengths: Sequence[int]) -> int:
+        """`before` of all samples together."""
+        return sum(n * self.before(node, length) for length, n in Counter(lengths).items())
 
     def piece(self, nodes: Sequence[fx.Node], lengths: Sequence[int]) -> int:
         """The most that is held while `nodes` run on one sample after the other."""
@@ -121,8 +132,7 @@ class _Values:
             return 0
         longest = max(lengths)
         after = self.nodes[self.order[nodes[-1]] + 1]
-        start = sum(self.before(nodes[0], length) for length in lengths)
-        end = sum(self.before(after, length) for length in lengths)
+        start, end = self.of_all(nodes[0], lengths), self.of_all(after, lengths)
         most = 0
         for node in nodes:
             made = _bytes(node, longest) if self.root[node] is node else 0
