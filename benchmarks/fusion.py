@@ -43,7 +43,7 @@ from smelt.passes.program import Program as PassProgram
 from smelt.passes.rewrite import aten, dtype, getitem, is_call, shape
 from smelt.runtime import isa, machine
 from smelt.runtime.artifact import open_artifact
-from smelt.runtime.batch import Batch
+from smelt.runtime.batch import Batch, no_tree
 from smelt.runtime.kernels import build
 from smelt.runtime.ops.library import operator
 from smelt.runtime.ops.norm import rms_norm
@@ -275,6 +275,7 @@ class Step:
             slot_mapping=[at],
             block_tables=[torch.arange(BLOCKS, dtype=torch.int32)[None]],
             logits_rows=torch.tensor([count - 1]),
+            tree_mask=no_tree(count),
         )
 
 

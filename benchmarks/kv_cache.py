@@ -35,6 +35,7 @@ from smelt.compiler.trace import export, program_from_export
 from smelt.compiler.weights import ModuleSource
 from smelt.models.demo import needle as demo_needle
 from smelt.passes.program import Program
+from smelt.runtime.batch import no_tree
 from smelt.runtime.haystack import repeat
 from smelt.runtime.kernels import build
 from smelt.runtime.needle import SHORTEST, Retrieval, retrieval
@@ -89,6 +90,7 @@ def steps(program: Program, ids: torch.Tensor, chunk: int) -> Iterator[dict[str,
             "query_start": torch.tensor([0, end - first], dtype=torch.int32),
             "seq_lens": torch.tensor([end], dtype=torch.int32),
             "logits_rows": torch.arange(end - first),
+            "tree_mask": no_tree(end - first),
         }
         for group in range(len(spec.groups)):
             values[f"slot_mapping_{group}"] = at

@@ -35,6 +35,7 @@ from smelt.compiler.weights import ModuleSource
 from smelt.models.demo.evaluate import scored_accuracy
 from smelt.passes.program import Program
 from smelt.passes.quantize import QuantSpec
+from smelt.runtime.batch import no_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SMELT_DATA") or ROOT.parent / "shared" / "data")
@@ -155,6 +156,7 @@ def packed(program: Program, sequences: list[list[int]]) -> dict[str, torch.Tens
         "query_start": torch.tensor(starts, dtype=torch.int32),
         "seq_lens": torch.tensor(lengths, dtype=torch.int32),
         "logits_rows": torch.arange(starts[-1]),
+        "tree_mask": no_tree(starts[-1]),
     }
     for group in range(len(spec.groups)):
         values[f"slot_mapping_{group}"] = torch.cat(slots)

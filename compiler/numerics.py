@@ -7,7 +7,7 @@ import torch
 from smelt.passes.base import Close, Exact, Lossy, Pass
 from smelt.passes.program import Program
 from smelt.passes.weights import TensorSource
-from smelt.runtime.batch import CacheSpec
+from smelt.runtime.batch import CacheSpec, no_tree
 
 from .manager import PassError
 
@@ -32,6 +32,7 @@ def spec_values(spec: CacheSpec, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     blocks = -(-count // spec.block_size)
     values["query_start"] = torch.tensor([0, count], dtype=torch.int32)
     values["seq_lens"] = torch.tensor([count], dtype=torch.int32)
+    values["tree_mask"] = no_tree(count)
     for g in range(len(spec.groups)):
         values[f"slot_mapping_{g}"] = torch.arange(count)
         values[f"block_tables_{g}"] = torch.arange(blocks, dtype=torch.int32)[None]

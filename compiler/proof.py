@@ -53,16 +53,7 @@ class Proof:
             return {"not_measured": "the original takes more than half of the free memory"}
         step = open_artifact(artifact).program
         values = spec_values(step.spec, self._ids)
-        groups = range(len(step.spec.groups))
-        batch = Batch(
-            values["input_ids"],
-            values["position_ids"],
-            values["query_start"],
-            values["seq_lens"],
-            [values[f"slot_mapping_{g}"] for g in groups],
-            [values[f"block_tables_{g}"] for g in groups],
-            values["logits_rows"],
-        )
+        batch = Batch.named(values, step.spec)
         caches = [values[f"kv_cache_{i}"] for i in range(step.spec.layers)]
         logits = step.run(batch, caches).float()
         measured = compare(logits, self._reference)

@@ -18,7 +18,7 @@ import torch
 
 from .ops.cache_format import CACHE_FORMATS, row_bytes
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 
 
 class ContractError(ValueError):
@@ -142,7 +142,7 @@ class BatchLayout:
 # Order in which a step's tensors enter the graph; slot_mapping and block_tables repeat per group,
 # the caches follow, one a layer.
 TOKEN_INPUTS = ("input_ids", "position_ids")
-BATCH_INPUTS = ("query_start", "seq_lens")
+BATCH_INPUTS = ("query_start", "seq_lens", "tree_mask")
 GROUP_INPUTS = ("slot_mapping", "block_tables")
 ROW_INPUT = "logits_rows"
 
@@ -156,6 +156,11 @@ def step_input_names(spec: CacheSpec) -> list[str]:
     return names + [f"kv_cache_{i}" for i in range(spec.layers)]
 
 
+def no_tree(tokens: int) -> torch.Tensor:
+    """The tree mask of a step in which every token sees all before it: bool [T, 0]."""
+    return torch.empty(tokens, 0, dtype=torch.bool)
+
+
 @dataclass
 class Batch:
     """One step's inputs but for the caches.
@@ -163,7 +168,9 @@ class Batch:
     input_ids, position_ids: int64 [T]; query_start: int32 [B+1], first row of each sequence in T;
     seq_lens: int32 [B], tokens of each sequence in the cache after this step;
     slot_mapping: one int64 [T] a group, block * block_size + offset, or -1 for "do not write";
-    block_tables: one int32 [B, M] a group; logits_rows: int64 [R].
+    block_tables: one int32 [B, M] a group; logits_rows: int64 [R]; tree_mask: bool [T, W], whether
+    a token sees the j-th token that its own sequence brings in this step; W is 0 where all see
+    those before them.
     """
 
     input_ids: torch.Tensor
@@ -173,10 +180,23 @@ class Batch:
     slot_mapping: list[torch.Tensor]
     block_tables: list[torch.Tensor]
     logits_rows: torch.Tensor
+    tree_mask: torch.Tensor
+
+    @classmethod
+    def named(cls, values: Mapping[str, torch.Tensor], spec: CacheSpec) -> Batch:
+        """From tensors by the names of `step_input_names`."""
+        groups = range(len(spec.groups))
+        return cls(
+            *(values[name] for name in (*TOKEN_INPUTS, "query_start", "seq_lens")),
+            [values[f"slot_mapping_{g}"] for g in groups],
+            [values[f"block_tables_{g}"] for g in groups],
+            values[ROW_INPUT],
+            values["tree_mask"],
+        )
 
     def tensors(self) -> list[torch.Tensor]:
         """In the order of `step_input_names`, caches excluded."""
-        out = [self.input_ids, self.position_ids, self.query_start, self.seq_lens]
+        out = [self.input_ids, self.position_ids, self.query_start, self.seq_lens, self.tree_mask]
         for slots, table in zip(self.slot_mapping, self.block_tables, strict=True):
             out += [slots, table]
         out.append(self.logits_rows)
@@ -198,6 +218,7 @@ class Batch:
         tokens = self.input_ids.shape[0]
         for name, tensor in (
             ("position_ids", self.position_ids),
+            ("tree_mask", self.tree_mask),
             *(("slot_mapping", s) for s in self.slot_mapping),
         ):
             if tensor.shape[0] != tokens:

@@ -11,18 +11,28 @@ from itertools import chain
 import numpy as np
 import torch
 
-from .batch import Batch, BatchLayout, CacheSpec, ContractError
+from .batch import Batch, BatchLayout, CacheSpec, ContractError, no_tree
 from .sequence import Chunk
 
 
 class BatchBuilder:
-    """Builds batches within `layout`; checks its ranges on host integers, before any tensor."""
+    """Builds batches within `layout`; checks its ranges on host integers, before any tensor.
+
+    padded: give every step this many tokens and rows, so that a row's sums are made in the same
+    order whatever else the step holds; the added tokens are written nowhere and belong to nobody.
+    """
 
     def __init__(
-        self, spec: CacheSpec, layout: BatchLayout, device: torch.device, lanes: int
+        self,
+        spec: CacheSpec,
+        layout: BatchLayout,
+        device: torch.device,
+        lanes: int,
+        padded: int = 0,
     ) -> None:
         self.layout = layout
         self.device = device
+        self.padded = padded
         self.block_size = spec.block_size
         self._mirrors = [np.zeros((lanes, layout.max_blocks), np.int32) for _ in spec.groups]
 
@@ -43,19 +53,27 @@ class BatchBuilder:
             ids = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
             positions = [chunk.start for chunk in chunks]
         else:
-            ids = list(
-                chain.from_iterable(c.sequence.tokens[c.start : c.start + c.count] for c in chunks)
-            )
-            positions = list(chain.from_iterable(range(c.start, c.start + c.count) for c in chunks))
-        groups = range(len(self._mirrors))
+            ids = list(chain.from_iterable(_ids(chunk) for chunk in chunks))
+            positions = list(chain.from_iterable(_positions(chunk) for chunk in chunks))
+        slots = [self._slots(chunks, group) for group in range(len(self._mirrors))]
+        mask = _tree_mask(chunks, starts) if any(chunk.parents for chunk in chunks) else None
+        if self.padded:
+            missing = self.padded - len(ids)
+            ids += [0] * missing
+            positions += [0] * missing
+            slots = [each + [-1] * missing for each in slots]
+            rows += [0] * (self.padded - len(rows))
+            if mask is not None:
+                mask = torch.nn.functional.pad(mask, (0, 0, 0, missing))
         return Batch(
             input_ids=self._tensor(ids, torch.int64),
             position_ids=self._tensor(positions, torch.int64),
             query_start=self._tensor(starts, torch.int32),
             seq_lens=self._tensor(lengths, torch.int32),
-            slot_mapping=[self._tensor(self._slots(chunks, g), torch.int64) for g in groups],
-            block_tables=[self._table(chunks, g, width) for g in groups],
+            slot_mapping=[self._tensor(each, torch.int64) for each in slots],
+            block_tables=[self._table(chunks, g, width) for g in range(len(slots))],
             logits_rows=self._tensor(rows, torch.int64),
+            tree_mask=self._moved(no_tree(len(ids)) if mask is None else mask),
         )
 
     def _check(self, tokens: int, sequences: int, width: int, rows: int, length: int) -> None:
@@ -74,7 +92,9 @@ class BatchBuilder:
         )
 
     def _tensor(self, values: list[int], dtype: torch.dtype) -> torch.Tensor:
-        tensor = torch.tensor(values, dtype=dtype)
+        return self._moved(torch.tensor(values, dtype=dtype))
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
     def _slots(self, chunks: list[Chunk], group: int) -> list[int]:
@@ -104,5 +124,35 @@ class BatchBuilder:
                 ]
                 table.changed_from = len(table.blocks)
         # Rows are gathered into a new array: graphs are compiled for contiguous tables.
-        tensor = torch.from_numpy(np.ascontiguousarray(mirror[lanes, :width]))
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+        return self._moved(torch.from_numpy(np.ascontiguousarray(mirror[lanes, :width])))
+
+
+def _ids(chunk: Chunk) -> list[int]:
+    return chunk.sequence.tokens[chunk.start : chunk.start + chunk.known] + chunk.draft
+
+
+def _positions(chunk: Chunk) -> list[int]:
+    """A drafted token stands one behind its parent, wherever in the cache its slot is."""
+    end = chunk.start + chunk.known
+    positions = list(range(chunk.start, end))
+    if not chunk.parents:
+        return positions + list(range(end, end + len(chunk.draft)))
+    for parent in chunk.parents:
+        positions.append(positions[chunk.known + parent] + 1)
+    return positions
+
+
+def _tree_mask(chunks: list[Chunk], starts: list[int]) -> torch.Tensor:
+    """bool [T, W]: what each token sees of its own sequence's tokens in this step."""
+    wide = max(chunk.count for chunk in chunks)
+    mask = np.zeros((starts[-1], wide), np.bool_)
+    for chunk, start in zip(chunks, starts, strict=False):
+        rows = mask[start : start + chunk.count, : chunk.count]
+        rows[:] = np.tri(chunk.count, dtype=np.bool_)
+        for i, parent in enumerate(chunk.parents or ()):
+            row = chunk.known + i
+            rows[row, chunk.known :] = False
+            if parent >= 0:
+                rows[row] |= rows[chunk.known + parent]
+            rows[row, row] = True
+    return torch.from_numpy(mask)

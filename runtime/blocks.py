@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+# What must be copied before a step writes: (cache group, from block, to block), in order.
+Copies = list[tuple[int, int, int]]
+
 
 class OutOfBlocks(Exception):
     """The pool has no free block; the scheduler answers by taking blocks from somebody."""
@@ -58,10 +61,12 @@ class BlockPool:
         if not self._references[block]:
             self._free.append(block)
 
-    def check_integrity(self, tables: Iterable[BlockTable] = ()) -> None:
-        """Raise `IntegrityError` unless these tables account for every reference.
+    def check_integrity(
+        self, tables: Iterable[BlockTable] = (), cached: Iterable[int] = ()
+    ) -> None:
+        """Raise `IntegrityError` unless tables and prefix cache account for every reference.
 
-        tables: all tables of this pool that hold blocks.
+        tables: all tables of this pool that hold blocks; cached: blocks of the prefix cache.
         """
         if len(set(self._free)) != len(self._free):
             raise IntegrityError("a block is in the free list twice")
@@ -69,10 +74,11 @@ class BlockPool:
             if self._references[block]:
                 raise IntegrityError(f"free block {block} has readers")
         held = Counter(block for table in tables for block in table.held())
+        held.update(cached)
         for block, count in enumerate(self._references):
             if count != held[block]:
                 raise IntegrityError(
-                    f"block {block} counts {count} readers, tables hold it {held[block]} times"
+                    f"block {block} counts {count} readers and is held {held[block]} times"
                 )
         if len(self._free) + len(held) != self.size:
             raise IntegrityError(f"{self.size - len(self._free) - len(held)} blocks are lost")
@@ -118,19 +124,45 @@ class BlockTable:
             self.pool.release(self.blocks[self.first])
             self.first += 1
 
-    def resumable(self, tokens: int) -> bool:
-        """Whether a query at position `tokens` finds all it may see still in the cache."""
-        if tokens > len(self.blocks) * self.block_size:
-            return False
-        seen_from = max(0, tokens - self.window + 1) if self.window else 0
-        return self.first * self.block_size <= seen_from
+    def shared(self, position: int) -> bool:
+        """Whether somebody else reads the block that `position` would be written to."""
+        index = position // self.block_size
+        return index < len(self.blocks) and self.pool.references(self.blocks[index]) > 1
 
-    def truncate(self, tokens: int) -> None:
-        """Forget positions from `tokens` on; call it only where `resumable(tokens)`."""
-        keep = max(-(-tokens // self.block_size), self.first)
-        while len(self.blocks) > keep:
-            self.pool.release(self.blocks.pop())
-        self.changed_from = min(self.changed_from, keep)
+    def own(self, position: int) -> tuple[int, int] | None:
+        """Make the block of `position` writable: (block to copy from, block to copy to) if shared.
+
+        Raises `OutOfBlocks`.
+        """
+        if not self.shared(position):
+            return None
+        index = position // self.block_size
+        old, new = self.blocks[index], self.pool.allocate()
+        self.replace(index, new)
+        return old, new
+
+    def replace(self, index: int, block: int) -> None:
+        """Hold `block`, whose reference the caller made, in the place of entry `index`."""
+        self.pool.release(self.blocks[index])
+        self.blocks[index] = block
+        self.changed_from = min(self.changed_from, index)
+
+    def adopt(self, blocks: Sequence[int], tokens: int) -> None:
+        """Begin an empty table with blocks of others that hold the first `tokens` positions."""
+        self.blocks = list(blocks)
+        seen_from = max(0, tokens - self.window + 1) if self.window else 0
+        self.first = min(seen_from // self.block_size, len(self.blocks))
+        for block in self.held():
+            self.pool.share(block)
+        self.changed_from = 0
+
+    def fork(self) -> BlockTable:
+        """A second table of the same blocks; whoever writes first copies (`own`)."""
+        table = BlockTable(self.pool, self.block_size, self.window)
+        table.blocks, table.first = list(self.blocks), self.first
+        for block in table.held():
+            self.pool.share(block)
+        return table
 
     def clear(self) -> None:
         """Give everything back and start again at position 0."""
@@ -167,24 +199,42 @@ class PagedMemory:
         pairs = zip(self.pools, self.windows, strict=True)
         return [BlockTable(pool, self.block_size, window) for pool, window in pairs]
 
-    def room(self, tables: Sequence[BlockTable]) -> int:
-        """Tokens (counted from position 0) that these tables can hold with what is free now."""
-        return min((len(t.blocks) + t.pool.free) * self.block_size for t in tables)
+    def room(self, tables: Sequence[BlockTable], computed: int) -> int:
+        """Tokens (counted from position 0) that these tables can hold with what is free now.
 
-    def grow(self, tables: Sequence[BlockTable], tokens: int) -> bool:
-        """Hold positions below `tokens` in every group, or change nothing and return False."""
+        computed: the first position to be written, whose block may have to be copied.
+        """
+        return min(
+            (len(t.blocks) + t.pool.free - t.shared(computed)) * self.block_size for t in tables
+        )
+
+    def grow(self, tables: Sequence[BlockTable], computed: int, tokens: int) -> Copies | None:
+        """Make positions `computed` up to `tokens` writable in every group.
+
+        Returns the blocks to copy before the next step writes, in order; None, with nothing
+        changed, where too few blocks are free.
+        """
         for table in tables:
-            if table.missing(tokens) > table.pool.free:
-                return False
-        for table in tables:
+            if table.missing(tokens) + table.shared(computed) > table.pool.free:
+                return None
+        copies = []
+        for group, table in enumerate(tables):
             table.grow(tokens)
-        return True
+            pair = table.own(computed)
+            if pair:
+                copies.append((group, *pair))
+        return copies
 
-    def check_integrity(self, owners: Iterable[Sequence[BlockTable]]) -> None:
-        """Check each pool against all tables in use; owners: the tables of each sequence."""
+    def check_integrity(
+        self,
+        owners: Iterable[Sequence[BlockTable]],
+        cached: Iterable[Sequence[int]] = (),
+    ) -> None:
+        """Check each pool. owners: the tables of each sequence; cached: blocks of each node."""
         by_group: list[list[BlockTable]] = [[] for _ in self.pools]
         for tables in owners:
-            for group, table in zip(by_group, tables, strict=True):
+            for group, table in zip(by_group, tables, strict=False):
                 group.append(table)
-        for pool, group in zip(self.pools, by_group, strict=True):
-            pool.check_integrity(group)
+        nodes = list(cached)
+        for i, (pool, group) in enumerate(zip(self.pools, by_group, strict=True)):
+            pool.check_integrity(group, (blocks[i] for blocks in nodes))

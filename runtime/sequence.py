@@ -1,36 +1,32 @@
-"""One request while it runs, a cache kept between requests, and what a step reports. No torch."""
+"""One sequence while it runs, what a step computes of it, and what it reports. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .blocks import BlockTable
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from .detokenizer import TextStream
+    from .prefix_cache import Node
     from .sampler import SamplerState
-
-
-class Session:
-    """A conversation whose cache is kept between its requests, one request at a time.
-
-    tokens: what the kept cache holds, empty while a request runs or after blocks ran out.
-    """
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.busy = False
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request: its tokens, how many of them are in the cache, and where.
+    """One answer under way: its tokens, how many of them are in the cache, and where.
 
-    tokens: prompt, then what was generated; computed: the first so many are in the cache;
-    limit: most tokens it may reach, prompt included; lane: its row in per-sequence arrays while
-    it runs, otherwise -1; reused: prompt tokens that were in the cache already.
+    id: of the request; index: which of its samples; tokens: prompt, then what was generated;
+    computed: the first so many are in the cache; limit: most tokens it may reach, prompt included;
+    lane: its row in per-sequence arrays while it runs, otherwise -1; reused: prompt tokens that
+    were in the cache already. arrival, deadline: seconds of the scheduler's clock; priority: less
+    goes first; salt: requests of different salts share no cache; level, served: of the policy.
+    fresh: every prompt token must be computed (their log probabilities are wanted). draft:
+    proposed tokens to verify in the next step; parents: of each the index of the one before it,
+    -1 for the last known token; None for a chain.
     """
 
     id: int
@@ -38,13 +34,25 @@ class Sequence:
     params: SamplingParams
     limit: int
     end_tokens: frozenset[int] = frozenset()
+    index: int = 0
+    priority: int = 0
+    arrival: float = 0.0
+    deadline: float | None = None
+    salt: Hashable = None
+    fresh: bool = False
     tables: list[BlockTable] = field(default_factory=list)
-    session: Session | None = None
+    node: Node | None = None
+    cached_blocks: int = 0
     prompt_length: int = 0
     computed: int = 0
     reused: int = 0
     preempted: int = 0
     lane: int = -1
+    level: int = 0
+    served: int = 0
+    queued: float = 0.0
+    draft: list[int] = field(default_factory=list)
+    parents: list[int] | None = None
     finish_reason: str | None = None
     sampler: SamplerState | None = None
     text: TextStream | None = None
@@ -66,21 +74,31 @@ class Sequence:
 class Chunk:
     """`count` tokens of a sequence from position `start`, computed in this step.
 
-    rows: of how many of them, counted from the last, the logits are wanted.
+    rows: of how many of them, counted from the last, the logits are wanted. draft: the last of
+    the tokens, which are proposals and not the sequence's yet; parents: as in `Sequence`.
     """
 
     sequence: Sequence
     start: int
     count: int
     rows: int
+    draft: list[int] = field(default_factory=list)
+    parents: list[int] | None = None
+
+    @property
+    def known(self) -> int:
+        """How many of the tokens are the sequence's own."""
+        return self.count - len(self.draft)
 
 
 @dataclass
 class StepOutput:
-    """What one step gave a request: new token ids, text that is now final, and why it ended.
+    """What one step gave a sequence: new token ids, text that is now final, and why it ended.
 
-    finish_reason: None while it runs, else "stop" (end token, stop string), "length", "abort" or
-    "error" (then `error` holds what happened). reused_tokens: of the prompt, found in the cache.
+    index: which sample of the request. finish_reason: None while it runs, else "stop" (end token,
+    stop string, end of a grammar), "length", "abort", "timeout" or "error" (then `error` holds
+    what happened). reused_tokens: of the prompt, found in the cache. logprobs: one entry a token
+    where they were asked for; prompt_logprobs: one a prompt token, with the first output.
     """
 
     id: int
@@ -89,3 +107,6 @@ class StepOutput:
     finish_reason: str | None = None
     error: Exception | None = None
     reused_tokens: int = 0
+    index: int = 0
+    logprobs: list[Any] | None = None
+    prompt_logprobs: list[Any] | None = None

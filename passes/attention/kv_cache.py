@@ -26,7 +26,7 @@ class InsertKvCache(Pass):
     Before                                      After
         o = smelt.attention(q, k, v, ...)           o = smelt.cached_attention(q, k, v, kv_cache_i,
                                                         slot_mapping_g, query_start, seq_lens,
-                                                        block_tables_g, ..., None)
+                                                        block_tables_g, ..., tree_mask)
 
     The caches become graph inputs, one tensor a layer, each mutated by its one reader: a cache
     operator must take the input itself and do its own indexing, because Inductor drops the offset
@@ -86,7 +86,7 @@ class InsertKvCache(Pass):
                         window,
                         softcap,
                         sinks,
-                        None,
+                        program.input("tree_mask"),
                     ),
                     like=node,
                 )
@@ -107,6 +107,10 @@ class InsertKvCache(Pass):
 
         add("query_start", (4,), torch.int32, (0,))
         add("seq_lens", (3,), torch.int32, (0,))
+        wide = program.dynamic_input((5,), torch.bool, (0,), "tree_mask")
+        with program.fake_mode:
+            mask = torch.empty((*tokens.shape, *wide.shape), dtype=torch.bool, device=tokens.device)
+        program.add_input("tree_mask", Role.BATCH, mask)
         for g in range(len(spec.groups)):
             with program.fake_mode:
                 slots = torch.empty_like(tokens)

@@ -22,7 +22,7 @@ from smelt.compiler import lower
 from smelt.compiler.manager import PassManager
 from smelt.compiler.pipeline import PipelineConfig, pipeline
 from smelt.passes.program import Program
-from smelt.runtime.batch import CacheSpec, step_input_names
+from smelt.runtime.batch import CacheSpec, no_tree, step_input_names
 from smelt.runtime.package import Package, PackageError
 
 H, G, D = 4, 2, 4
@@ -124,6 +124,7 @@ def step_of_one(compiled: Compiled, rows: int) -> torch.Tensor:
         "input_ids": torch.tensor([5]),
         "position_ids": torch.tensor([0]),
         "query_start": torch.tensor([0, 1], dtype=torch.int32),
+        "tree_mask": no_tree(1),
         "seq_lens": torch.tensor([1], dtype=torch.int32),
         "logits_rows": torch.zeros(rows, dtype=torch.int64),
         "slot_mapping_0": torch.tensor([0]),
@@ -149,6 +150,7 @@ def test_a_token_without_a_slot_is_not_written(compiled: Compiled) -> None:
         "input_ids": torch.tensor([5, 6]),
         "position_ids": torch.tensor([0, 0]),
         "query_start": torch.tensor([0, 1], dtype=torch.int32),
+        "tree_mask": no_tree(1),
         "seq_lens": torch.tensor([1], dtype=torch.int32),
         "logits_rows": torch.tensor([0]),
         "slot_mapping_0": torch.tensor([4, -1]),
@@ -220,6 +222,7 @@ def test_a_step_does_not_copy_the_cache(compiled: Compiled, peak: Path) -> None:
         "input_ids": torch.tensor([5]),
         "position_ids": torch.tensor([0]),
         "query_start": torch.tensor([0, 1], dtype=torch.int32),
+        "tree_mask": no_tree(1),
         "seq_lens": torch.tensor([1], dtype=torch.int32),
         "logits_rows": torch.tensor([0]),
         "slot_mapping_0": torch.tensor([(blocks - 1) * 4]),

@@ -25,14 +25,7 @@ def compiled(folder: Path, out: Path, **options: Any) -> Any:
 def logits(artifact: Path) -> torch.Tensor:
     step = open_artifact(artifact).program
     values = spec_values(step.spec, IDS)
-    names = ("input_ids", "position_ids", "query_start", "seq_lens")
-    groups = range(len(step.spec.groups))
-    batch = Batch(
-        *(values[name] for name in names),
-        [values[f"slot_mapping_{g}"] for g in groups],
-        [values[f"block_tables_{g}"] for g in groups],
-        values["logits_rows"],
-    )
+    batch = Batch.named(values, step.spec)
     return step.run(batch, [values[f"kv_cache_{i}"] for i in range(step.spec.layers)])
 
 

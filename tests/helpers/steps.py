@@ -9,7 +9,7 @@ import torch
 
 from smelt.passes.program import Program
 from smelt.runtime.artifact import open_artifact
-from smelt.runtime.batch import Batch
+from smelt.runtime.batch import Batch, no_tree
 
 
 class Opened:
@@ -20,13 +20,7 @@ class Opened:
         self.caches = self.program.spec
 
     def run(self, values: dict[str, torch.Tensor], weights: object) -> torch.Tensor:
-        groups = range(len(self.caches.groups))
-        batch = Batch(
-            *(values[n] for n in ("input_ids", "position_ids", "query_start", "seq_lens")),
-            [values[f"slot_mapping_{g}"] for g in groups],
-            [values[f"block_tables_{g}"] for g in groups],
-            values["logits_rows"],
-        )
+        batch = Batch.named(values, self.caches)
         caches = [values[f"kv_cache_{i}"] for i in range(self.caches.layers)]
         return self.program.run(batch, caches)
 
@@ -82,6 +76,7 @@ class Stepper:
             "query_start": torch.tensor(starts, dtype=torch.int32),
             "seq_lens": torch.tensor(lengths, dtype=torch.int32),
             "logits_rows": torch.arange(starts[-1]),
+            "tree_mask": no_tree(starts[-1]),
         }
         for g, table in enumerate(self.tables):
             values[f"slot_mapping_{g}"] = torch.cat([s[g] for s in slots])

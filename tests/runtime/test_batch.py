@@ -10,7 +10,14 @@ import pytest
 import torch
 from helpers.manifests import sample_spec
 
-from smelt.runtime.batch import Batch, BatchLayout, CacheSpec, ContractError, step_input_names
+from smelt.runtime.batch import (
+    Batch,
+    BatchLayout,
+    CacheSpec,
+    ContractError,
+    no_tree,
+    step_input_names,
+)
 
 LAYOUT = BatchLayout(max_tokens=8, max_sequences=3, max_blocks=4, max_rows=5, max_position=64)
 
@@ -25,6 +32,7 @@ def batch(**changes: Any) -> Batch:
         "slot_mapping": [torch.zeros(5, dtype=torch.int64)] * 2,
         "block_tables": [torch.zeros(2, 1, dtype=torch.int32)] * 2,
         "logits_rows": torch.tensor([2, 4]),
+        "tree_mask": no_tree(5),
     }
     return Batch(**{**values, **changes})
 
@@ -62,6 +70,7 @@ def test_the_order_of_a_steps_inputs() -> None:
         "position_ids",
         "query_start",
         "seq_lens",
+        "tree_mask",
         "slot_mapping_0",
         "block_tables_0",
         "slot_mapping_1",
@@ -78,7 +87,7 @@ def test_a_batchs_tensors_are_in_that_order() -> None:
     tables = [torch.full((2, 1), 3), torch.full((2, 1), 4)]
     one = batch(slot_mapping=slots, block_tables=tables)
     found = dict(zip(step_input_names(sample_spec()), one.tensors(), strict=False))
-    assert len(one.tensors()) == 9
+    assert len(one.tensors()) == 10
     assert found["slot_mapping_1"] is slots[1] and found["block_tables_0"] is tables[0]
     assert found["logits_rows"] is one.logits_rows and found["seq_lens"] is one.seq_lens
 

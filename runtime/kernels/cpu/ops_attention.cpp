@@ -230,7 +230,7 @@ Tensor write_and_attend(const Tensor& q, const Tensor& k, const Tensor& v, const
     wide_sinks = sinks->to(at::kFloat).contiguous();
     a.sinks = wide_sinks.const_data_ptr<float>();
   }
-  if (tree_mask) {
+  if (tree_mask && tree_mask->size(1) > 0) {
     tree = tree_mask->contiguous();
     a.tree = tree.const_data_ptr<bool>();
     a.tree_row = tree.size(1);
