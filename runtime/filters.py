@@ -51,11 +51,15 @@ def _top_p(scores: torch.Tensor, top_p: list[float]) -> torch.Tensor:
     if probs.device.type == "cpu":
         rows = [_nucleus_floor(row, p) for row, p in zip(probs, top_p, strict=True)]
         return scores.masked_fill(probs < torch.stack(rows)[:, None], NO_VALUE)
+    return scores.masked_fill(probs < _sorted_floors(probs, top_p), NO_VALUE)
+
+
+def _sorted_floors(probs: torch.Tensor, top_p: list[float]) -> torch.Tensor:
+    """[R, 1]: the probability of each row's least likely token kept, all rows at once."""
     wanted = probs.new_tensor([p if p < 1 else float("inf") for p in top_p])[:, None]
     best = probs.sort(-1, descending=True).values
     # A token is kept while those before it have not reached top_p.
-    last = (best.cumsum(-1)[:, :-1] < wanted).sum(-1, keepdim=True)
-    return scores.masked_fill(probs < best.gather(1, last), NO_VALUE)
+    return best.gather(1, (best.cumsum(-1)[:, :-1] < wanted).sum(-1, keepdim=True))
 
 
 def _nucleus_floor(probs: torch.Tensor, top_p: float) -> torch.Tensor:
