@@ -19,7 +19,8 @@ from .blocks import PagedMemory
 from .detokenizer import Decoder, TextStream
 from .errors import SmeltError, UserError
 from .kv_cache import allocate_cache, cache_blocks
-from .sampler import SamplerState, sample
+from .processors import encode_bad_words
+from .sampler import Row, SamplerState, sample
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 from .sequence import Chunk, Session, StepOutput
@@ -150,7 +151,9 @@ class Engine:
         if not params.ignore_eos:
             ends |= self.eos_token_ids
         request = Request(self._next_id, prompt, params, limit, ends, session=session)
-        request.sampler = SamplerState(params, len(prompt), ends)
+        params.check_vocabulary(self.program.vocab_size)
+        bad_words = encode_bad_words(params.bad_words, self.tokenizer, self.program.vocab_size)
+        request.sampler = SamplerState(params, len(prompt), ends, bad_words=bad_words)
         if self.tokenizer is not None:
             request.text = TextStream(self.tokenizer, params.stop)
         self._next_id += 1
@@ -218,12 +221,15 @@ class Engine:
                 metrics.reused_tokens += sequence.reused
 
     def _sample(self, chunks: list[Chunk], logits: torch.Tensor) -> list[int | None]:
-        states, histories = [], []
+        rows = []
         for chunk in chunks:
             assert chunk.sequence.sampler is not None
-            states.append(chunk.sequence.sampler)
-            histories.append(chunk.sequence.tokens)
-        return sample(logits, states, histories)
+            rows.append(Row(chunk.sequence.sampler, chunk.sequence.tokens))
+        tokens = sample(logits, rows)
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None:
+                row.state.accept((token,))
+        return tokens
 
     def _advance(self, request: Request, token: int | None) -> StepOutput:
         """Take a sampled token in: text, stop conditions, and the end if there is one."""

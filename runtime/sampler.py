@@ -2,7 +2,17 @@
 
 Each row has its own parameters and its own random numbers, and no operation mixes rows, so a
 request's tokens depend on its seed and logits alone, not on what else runs in the batch.
-`probabilities` and `draw` are separate because speculation compares whole distributions.
+
+A request may have several rows in a step: one behind its last token, and one behind each of the
+tokens that were drafted for it. What a row sees of its request (penalties, grammar, random number)
+counts the drafted tokens before it, and nothing is consumed until the engine says which tokens it
+took (`SamplerState.accept`). So the row behind d accepted drafts gives the very token that a step
+without speculation would have given.
+
+    prepared = prepare(rows, vocab_size, device)    # grammar masks, in threads
+    logits = program.run(...)                       # meanwhile
+    tokens = sample(logits, rows, prepared)
+    rows[i].state.accept(taken)                     # for each request
 """
 
 from __future__ import annotations
@@ -10,80 +20,179 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from .errors import SmeltError
+from .filters import NO_VALUE, draw, probabilities
+from .masks import Prepared, prepare
+from .processors import BadWords, Seen, Shift, encode_bad_words, process
 from .sampling_params import SamplingParams
 
-NO_VALUE = float("-inf")
+if TYPE_CHECKING:
+    from .masks import Matcher
+
+__all__ = [
+    "ACCEPT",
+    "DRAFT",
+    "DRAW",
+    "Prepared",
+    "Row",
+    "SamplerState",
+    "distributions",
+    "prepare",
+    "process",
+    "sample",
+]
+
+# What a random number is for. Numbers of different uses are independent of each other.
+DRAW = "draw"  # a token from the row's distribution, or from the residual after a rejection
+ACCEPT = "accept"  # whether a drafted token is accepted
+DRAFT = "draft"  # a token from the draft model's distribution
 
 
 class SamplerState:
-    """What the sampler remembers of one request.
+    """What the sampler remembers of one request, or of one of its `n` answers.
 
     prompt_length: tokens that count as prompt and not as answer.
     ends: token ids that may not come before `min_tokens`.
+    bad_words: token ids of each sequence to avoid (`encode_bad_words`); None takes the lists of
+    `params`, `UserError` if it has strings.
+    matcher: what its text has to match, of its own.
+    index: which of the request's answers this is; each has other random numbers.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_length: int = 0, ends: Iterable[int] = ()
+        self,
+        params: SamplingParams,
+        prompt_length: int = 0,
+        ends: Iterable[int] = (),
+        *,
+        bad_words: Sequence[Sequence[int]] | None = None,
+        matcher: Matcher | None = None,
+        index: int = 0,
     ) -> None:
         self.params = params
         self.prompt_length = prompt_length
         self.ends = sorted(ends)
+        self.matcher = matcher
+        if bad_words is None:
+            bad_words = encode_bad_words(params.bad_words, None)
+        self.seen = None if params.repetition_penalty == 1 else Seen()
+        self.bad_words = BadWords(bad_words) if any(len(w) > 1 for w in bad_words) else None
+        self.shift = Shift.of(params, prompt_length, [w[0] for w in bad_words if len(w) == 1])
+        self.greedy = params.greedy
+        changes = (self.seen, self.shift, self.bad_words, matcher)
+        # Whether anything comes before the temperature, and whether nothing comes at all.
+        self.processed = bool(params.min_tokens) or any(c is not None for c in changes)
+        self.plain = self.greedy and not self.processed
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        # Python's generator: a number costs 50 ns (torch's: microseconds) and it is the same on
-        # every device and version.
-        self._random = None if params.greedy else random.Random(seed)
-        self._seen: torch.Tensor | None = None
-        self._marked = 0
+        self._seed: int | str = seed if index == 0 else f"{seed}/{index}"
+        self._streams: dict[str, _Stream] = {}
+        self._taken = 0
 
     @property
-    def plain(self) -> bool:
-        """Whether the most likely token is the answer, with nothing to change before."""
-        params = self.params
-        return params.greedy and params.repetition_penalty == 1 and not params.min_tokens
+    def finished(self) -> bool:
+        """Whether the structure is complete: the answer ends here, whatever `ignore_eos` says."""
+        return self.matcher is not None and self.matcher.finished
 
-    def uniform(self) -> float:
-        """The next random number of this request, in [0, 1)."""
-        assert self._random is not None
-        return self._random.random()
+    def peek(self, ahead: int = 0, use: str = DRAW) -> float:
+        """The random number, in [0, 1), of the token `ahead` places on; consumes nothing."""
+        stream = self._streams.get(use)
+        if stream is None:
+            seed = self._seed if use == DRAW else f"{self._seed}/{use}"
+            stream = self._streams[use] = _Stream(seed)
+            stream.advance(self._taken)
+        return stream.peek(ahead)
 
-    def seen(self, tokens: list[int], vocab_size: int, device: torch.device) -> torch.Tensor:
-        """bool [V]: which tokens occur in `tokens`, a list that only grows from call to call."""
-        if self._seen is None:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        if self._marked < len(tokens):
-            new = torch.tensor(tokens[self._marked :], device=device)
-            self._seen[new[new < vocab_size]] = True
-            self._marked = len(tokens)
-        return self._seen
+    def advance(self, count: int) -> None:
+        """Consume the random numbers of `count` tokens, of every use."""
+        self._taken += count
+        for stream in self._streams.values():
+            stream.advance(count)
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """These tokens were taken: random numbers and grammar move on, in this order.
+
+        Penalties follow the history by themselves. Raises `SmeltError` if the grammar refuses a
+        token, which cannot happen to a sampled one.
+        """
+        if not self.greedy:
+            self.advance(len(tokens))
+        if self.matcher is not None and not self.matcher.accept(tokens):
+            reason = self.matcher.error or "the tokens do not match"
+            raise SmeltError(f"the request's structure refused its own tokens: {reason}")
+
+
+class _Stream:
+    """Random numbers that can be looked at before they are consumed."""
+
+    def __init__(self, seed: int | str) -> None:
+        # Python's generator: a number costs 50 ns (torch's: microseconds) and it is the same on
+        # every device and version.
+        self._next = random.Random(seed).random
+        self._ahead: list[float] = []
+
+    def peek(self, ahead: int) -> float:
+        numbers = self._ahead
+        while len(numbers) <= ahead:
+            numbers.append(self._next())
+        return numbers[ahead]
+
+    def advance(self, count: int) -> None:
+        for _ in range(count - len(self._ahead)):
+            self._next()
+        del self._ahead[:count]
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of logits: they predict the token after `history` and `draft`.
+
+    history: the request's tokens so far, by reference: it grows between steps and is never copied.
+    draft: drafted tokens between the history and this row; empty when decoding normally.
+    """
+
+    state: SamplerState
+    history: list[int]
+    draft: tuple[int, ...] = ()
+
+    @property
+    def early(self) -> bool:
+        """Whether the answer has fewer than `min_tokens` tokens before this row."""
+        wanted = self.state.params.min_tokens
+        if not wanted:
+            return False
+        return len(self.history) + len(self.draft) - self.state.prompt_length < wanted
 
 
 def sample(
-    logits: torch.Tensor, states: Sequence[SamplerState], histories: Sequence[list[int]]
+    logits: torch.Tensor, rows: Sequence[Row], prepared: Prepared | None = None
 ) -> list[int | None]:
-    """One token a row. logits [R, V] of any float dtype; histories: all tokens so far, a row each.
+    """One token a row. logits [R, V] of any float dtype; prepared: of the same rows.
 
-    None stands for a row whose logits hold no number to choose by (NaN).
+    A row behind d drafted tokens takes the d-th next number of its request's stream. None stands
+    for a row with nothing to choose: its logits are NaN, or nothing is allowed.
     """
-    if all(state.plain for state in states):
+    if all(row.state.plain for row in rows):
         return _greedy(logits)
-    scores = constrain(logits.float(), states, histories)
-    drawn = [i for i, state in enumerate(states) if not state.params.greedy]
-    if len(drawn) == len(states):
-        return _drawn(scores, states)
+    scores = process(logits, rows, prepared)
+    drawn = [i for i, row in enumerate(rows) if not row.state.greedy]
+    if len(drawn) == len(rows):
+        return _drawn(scores, rows)
     picked = _greedy(scores)
-    for i, token in zip(drawn, _drawn(scores[drawn], [states[i] for i in drawn]), strict=True):
-        picked[i] = token
+    if drawn:
+        tokens = _drawn(scores[drawn], [rows[i] for i in drawn])
+        for i, token in zip(drawn, tokens, strict=True):
+            picked[i] = token
     return picked
 
 
-def _drawn(scores: torch.Tensor, states: Sequence[SamplerState]) -> list[int | None]:
-    if not states:
-        return []
-    probs = probabilities(scores, [state.params for state in states])
-    return draw(probs, [state.uniform() for state in states])
+def _drawn(scores: torch.Tensor, rows: Sequence[Row]) -> list[int | None]:
+    probs = probabilities(scores, [row.state.params for row in rows])
+    return draw(probs, [row.state.peek(len(row.draft)) for row in rows])
 
 
 def _greedy(logits: torch.Tensor) -> list[int | None]:
@@ -96,98 +205,21 @@ def _greedy(logits: torch.Tensor) -> list[int | None]:
     return picked
 
 
-def constrain(
-    scores: torch.Tensor, states: Sequence[SamplerState], histories: Sequence[list[int]]
-) -> torch.Tensor:
-    """Repetition penalty and minimum length, before any temperature. float32 [R, V] -> same."""
-    vocab_size = scores.shape[1]
-    penalised = [i for i, s in enumerate(states) if s.params.repetition_penalty != 1]
-    early = [
-        i
-        for i, state in enumerate(states)
-        if len(histories[i]) - state.prompt_length < state.params.min_tokens
-    ]
-    if not penalised and not early:
-        return scores
-    scores = scores.clone()
-    if penalised:
-        seen = torch.stack(
-            [states[i].seen(histories[i], vocab_size, scores.device) for i in penalised]
-        )
-        penalty = scores.new_tensor([states[i].params.repetition_penalty for i in penalised])
-        rows = scores[penalised]
-        changed = torch.where(rows < 0, rows * penalty[:, None], rows / penalty[:, None])
-        scores[penalised] = torch.where(seen, changed, rows)
-    for i in early:
-        scores[i, [t for t in states[i].ends if t < vocab_size]] = NO_VALUE
-    return scores
+def distributions(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """What each row is drawn from, after temperature and filters. float32 [R, V] -> [R, V].
 
-
-def probabilities(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """The distribution each row is drawn from. float32 [R, V] -> [R, V], rows sum to 1.
-
-    params: one a row, none of them greedy.
+    scores: of `process`. Rows sum to 1; a greedy row has all of it on its most likely token. A row
+    with nothing to choose is NaN throughout.
     """
-    column = scores.new_tensor([p.temperature for p in params])[:, None]
-    scores = scores / column
-    if any(p.top_k for p in params):
-        scores = _top_k(scores, [p.top_k for p in params])
-    if any(p.top_p < 1 for p in params):
-        scores = _top_p(scores, [p.top_p for p in params])
-    probs = scores.softmax(-1)
-    if any(p.min_p for p in params):
-        floor = scores.new_tensor([p.min_p for p in params])[:, None]
-        probs = probs.masked_fill(probs < floor * probs.amax(-1, keepdim=True), 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)
+    greedy = [i for i, row in enumerate(rows) if row.state.greedy]
+    if not greedy:
+        return probabilities(scores, [row.state.params for row in rows])
+    probs = torch.zeros_like(scores)
+    best, tokens = scores[greedy].max(-1, keepdim=True)
+    sure = torch.where(best > NO_VALUE, 1.0, float("nan"))
+    probs[greedy] = torch.where(best > NO_VALUE, 0.0, sure).expand(-1, scores.shape[1])
+    probs[torch.tensor(greedy, device=scores.device)[:, None], tokens] = sure
+    drawn = [i for i, row in enumerate(rows) if not row.state.greedy]
+    if drawn:
+        probs[drawn] = probabilities(scores[drawn], [rows[i].state.params for i in drawn])
     return probs
-
-
-def _top_k(scores: torch.Tensor, top_k: list[int]) -> torch.Tensor:
-    vocab_size = scores.shape[1]
-    counts = [min(k, vocab_size) for k in top_k]
-    best = scores.topk(max(counts), -1).values
-    last = torch.tensor([max(k - 1, 0) for k in counts], device=scores.device)
-    everything = torch.tensor([k == 0 for k in counts], device=scores.device)
-    threshold = best.gather(1, last[:, None]).masked_fill(everything[:, None], NO_VALUE)
-    return scores.masked_fill(scores < threshold, NO_VALUE)
-
-
-def _top_p(scores: torch.Tensor, top_p: list[float]) -> torch.Tensor:
-    """Keep each row's smallest set of most likely tokens whose probabilities reach top_p."""
-    probs = scores.softmax(-1)
-    floors = torch.stack([_nucleus_floor(row, p) for row, p in zip(probs, top_p, strict=True)])
-    return scores.masked_fill(probs < floors[:, None], NO_VALUE)
-
-
-def _nucleus_floor(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The probability of the least likely token kept, 0 where all are. probs [V].
-
-    On the CPU, sorting a whole vocabulary costs milliseconds. Tokens below (1 - top_p) / V make up
-    less than 1 - top_p together, so none of them is kept: mostly a few dozen are left to sort.
-    """
-    if top_p >= 1:
-        return probs.new_zeros(())
-    likely = probs[probs >= (1 - top_p) / len(probs)] if probs.device.type == "cpu" else probs
-    if not len(likely):  # a row of NaN, which `draw` reports
-        return probs.new_zeros(())
-    best = likely.sort(descending=True).values
-    # A token is kept while those before it have not reached top_p.
-    return best[(best.cumsum(0)[:-1] < top_p).sum()]
-
-
-def draw(probs: torch.Tensor, uniforms: Sequence[float]) -> list[int | None]:
-    """One token a row by inverting the cumulative distribution. probs [R, V], uniforms in [0, 1).
-
-    In float64, so that the tail of a large vocabulary keeps its exact share. None for a row of NaN.
-    """
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1]
-    uniform = torch.tensor(uniforms, dtype=torch.float64, device=probs.device)
-    # Strictly below the total: the last token of zero probability must stay out of reach.
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    tokens: list[int | None] = found.tolist()
-    for i, mass in enumerate(total.tolist()):
-        if not mass > 0:  # NaN logits, or none allowed (their softmax is NaN)
-            tokens[i] = None
-    return tokens

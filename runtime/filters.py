@@ -1,0 +1,115 @@
+"""What comes after the logits are processed: temperature, filters, and drawing a token.
+
+Every filter keeps the tokens that are tied with the last one it keeps, and at least one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .sampling_params import SamplingParams
+
+NO_VALUE = float("-inf")
+
+
+def probabilities(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """The distribution each row is drawn from. float32 [R, V] -> [R, V], rows sum to 1.
+
+    params: one a row, none of them greedy.
+    """
+    column = scores.new_tensor([p.temperature for p in params])[:, None]
+    scores = scores / column
+    if any(p.top_k for p in params):
+        scores = _top_k(scores, [p.top_k for p in params])
+    if any(p.top_p < 1 for p in params):
+        scores = _top_p(scores, [p.top_p for p in params])
+    probs = scores.softmax(-1)
+    if any(p.min_p for p in params):
+        floor = scores.new_tensor([p.min_p for p in params])[:, None]
+        probs = probs.masked_fill(probs < floor * probs.amax(-1, keepdim=True), 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    if any(p.typical_p < 1 for p in params):
+        probs = _typical(probs, [p.typical_p for p in params])
+    return probs
+
+
+def _top_k(scores: torch.Tensor, top_k: list[int]) -> torch.Tensor:
+    vocab_size = scores.shape[1]
+    counts = [min(k, vocab_size) for k in top_k]
+    best = scores.topk(max(counts), -1).values
+    last = torch.tensor([max(k - 1, 0) for k in counts], device=scores.device)
+    everything = torch.tensor([k == 0 for k in counts], device=scores.device)
+    threshold = best.gather(1, last[:, None]).masked_fill(everything[:, None], NO_VALUE)
+    return scores.masked_fill(scores < threshold, NO_VALUE)
+
+
+def _top_p(scores: torch.Tensor, top_p: list[float]) -> torch.Tensor:
+    """Keep each row's smallest set of most likely tokens whose probabilities reach top_p."""
+    probs = scores.softmax(-1)
+    if probs.device.type == "cpu":
+        rows = [_nucleus_floor(row, p) for row, p in zip(probs, top_p, strict=True)]
+        return scores.masked_fill(probs < torch.stack(rows)[:, None], NO_VALUE)
+    return scores.masked_fill(probs < _sorted_floors(probs, top_p), NO_VALUE)
+
+
+def _sorted_floors(probs: torch.Tensor, top_p: list[float]) -> torch.Tensor:
+    """[R, 1]: the probability of each row's least likely token kept, all rows at once."""
+    wanted = probs.new_tensor([p if p < 1 else float("inf") for p in top_p])[:, None]
+    best = probs.sort(-1, descending=True).values
+    # A token is kept while those before it have not reached top_p.
+    return best.gather(1, (best.cumsum(-1)[:, :-1] < wanted).sum(-1, keepdim=True))
+
+
+def _nucleus_floor(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The probability of the least likely token kept, 0 where all are. probs [V].
+
+    Sorting a whole vocabulary costs milliseconds. Tokens below (1 - top_p) / V make up
+    less than 1 - top_p together, so none of them is kept: mostly a few dozen are left to sort.
+    """
+    if top_p >= 1:
+        return probs.new_zeros(())
+    likely = probs[probs >= (1 - top_p) / len(probs)]
+    if not len(likely):  # a row of NaN, which `draw` reports
+        return probs.new_zeros(())
+    best = likely.sort(descending=True).values
+    return best[(best.cumsum(0)[:-1] < top_p).sum()]
+
+
+def _typical(probs: torch.Tensor, typical_p: list[float]) -> torch.Tensor:
+    """Keep the tokens whose surprise is nearest to the entropy until they reach typical_p.
+
+    Meister et al. 2022, "Locally typical sampling". probs [R, V] -> [R, V], rows sum to 1.
+    """
+    chosen = [i for i, p in enumerate(typical_p) if p < 1]
+    rows = probs[chosen]
+    surprise = -rows.log()
+    entropy = (rows * surprise).nansum(-1, keepdim=True)
+    distance = (surprise - entropy).abs()
+    nearest, order = distance.sort(-1)
+    wanted = rows.new_tensor([typical_p[i] for i in chosen])[:, None]
+    reached = (rows.gather(1, order).cumsum(-1) < wanted).sum(-1, keepdim=True)
+    threshold = nearest.gather(1, reached.clamp(max=rows.shape[1] - 1))
+    kept = rows.masked_fill(distance > threshold, 0.0)
+    probs = probs.clone()
+    probs[chosen] = kept / kept.sum(-1, keepdim=True)
+    return probs
+
+
+def draw(probs: torch.Tensor, uniforms: Sequence[float]) -> list[int | None]:
+    """One token a row by inverting the cumulative distribution. probs [R, V], uniforms in [0, 1).
+
+    In float64, so that the tail of a large vocabulary keeps its exact share. None for a row of NaN.
+    """
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    uniform = torch.tensor(uniforms, dtype=torch.float64, device=probs.device)
+    # Strictly below the total: the last token of zero probability must stay out of reach.
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    tokens: list[int | None] = found.tolist()
+    for i, mass in enumerate(total.tolist()):
+        if not mass > 0:  # NaN logits, or none allowed (their softmax is NaN)
+            tokens[i] = None
+    return tokens
