@@ -1,4 +1,4 @@
-"""A conversation: messages, the prompt made of them, and the cache of earlier turns.
+"""A conversation: messages, and the prompt made of them.
 
 When a conversation outgrows the context, its oldest turns are dropped (the system message stays),
 and the turn says how many. A model without a chat template continues plain text instead.
@@ -72,7 +72,8 @@ class Turn:
 
 
 class ChatSession:
-    """Multi-turn chat over one `LLM`; only tokens that are new since the last turn are computed.
+    """Multi-turn chat over one `LLM`; what its prefix cache holds of earlier turns is not computed
+    again.
 
     system: the system message, None for none. params: for every answer; max_tokens None lets an
     answer fill what is left of the context. variables: further names for the chat template.
@@ -93,14 +94,13 @@ class ChatSession:
         self.messages: list[dict[str, str]] = []
         self.stats = ChatStats()
         self.templated = llm.tokenizer.chat_template is not None
-        self._cache = llm.engine.open_session()
 
     def send(self, text: str) -> Turn:
         """Say something; iterate over the turn for the answer. Raises `UserError` if too long."""
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt, dropped = self._fit(messages)
         params = self.llm.chat_params(self.params) if self.templated else self.params
-        stream = self.llm.stream(prompt, params, session=self._cache)
+        stream = self.llm.stream(prompt, params)
         kept = messages[dropped:]
 
         def done(output: Output) -> None:
@@ -115,7 +115,6 @@ class ChatSession:
         """Forget the conversation, keep the system message."""
         self.messages = []
         self.stats = ChatStats()
-        self.llm.engine.close_session(self._cache)
 
     def set_system(self, text: str | None) -> None:
         """Another system message; takes effect with the next turn."""

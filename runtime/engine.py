@@ -7,24 +7,35 @@ compiled program and its caches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .batch import Batch, BatchLayout, CacheSpec
 from .batch_builder import BatchBuilder
 from .blocks import PagedMemory
-from .detokenizer import Decoder, TextStream
+from .cache_moves import copy_blocks, move_slots
+from .detokenizer import Decoder
 from .errors import SmeltError, UserError
 from .kv_cache import allocate_cache, cache_blocks
-from .processors import encode_bad_words
-from .sampler import Row, SamplerState, sample
+from .logprobs import top_logprobs
+from .metrics import Metrics
+from .policies import Policy
+from .requests import RequestFactory
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
-from .sequence import Chunk, Session, StepOutput
-from .sequence import Sequence as Request
+from .selection import Selection
+from .sequence import Chunk, StepOutput
+from .sequence import Sequence as Sample
+from .speculation.drafter import Drafter
+from .speculation.speculator import Speculator
+from .speculation.verify import Taken, slots_to_move
+
+# Tokens and rows of every step in deterministic mode: whole tiles of every matrix kernel.
+DETERMINISTIC_TOKENS = 32
 
 
 class StepProgram(Protocol):
@@ -39,19 +50,26 @@ class StepProgram(Protocol):
         """Logits [R, V] of `batch.logits_rows`, of any float dtype."""
 
 
-@dataclass
-class Metrics:
-    """Counters since the engine was made. Tokens: computed prompt, found in a cache, generated."""
+@dataclass(frozen=True)
+class EngineOptions:
+    """blocks: cache blocks, otherwise from `kv_cache_tokens` or `kv_cache_fraction`.
 
-    steps: int = 0
-    prefilled_tokens: int = 0
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-    running: int = 0
-    waiting: int = 0
-    blocks: int = 0
-    free_blocks: int = 0
+    prefix_cache: keep what was computed for later requests. policy: the order of requests.
+    max_tokens: of a step, at most the graph's: longer prompts are cut into chunks of it.
+    deterministic: greedy tokens depend on nothing but the prompt; every step then computes
+    `DETERMINISTIC_TOKENS` rows. drafter: proposes tokens; draft_tokens: how many, None for as many
+    as pay.
+    """
+
+    blocks: int | None = None
+    kv_cache_tokens: int | None = None
+    kv_cache_fraction: float | None = None
+    prefix_cache: bool = True
+    policy: str | Policy = "fcfs"
+    max_tokens: int | None = None
+    deterministic: bool = False
+    drafter: Drafter | None = None
+    draft_tokens: int | None = None
 
 
 class Engine:
@@ -59,7 +77,7 @@ class Engine:
 
     tokenizer: for text and stop strings; without one, outputs have token ids only.
     eos_token_ids: ids that end an answer. max_position: the model's context, if it is shorter than
-    the graph's. blocks: cache blocks, otherwise from `kv_cache_tokens` or `kv_cache_fraction`.
+    the graph's. options, or their fields by name: `EngineOptions`.
     """
 
     def __init__(
@@ -69,38 +87,56 @@ class Engine:
         tokenizer: Decoder | None = None,
         eos_token_ids: Iterable[int] = (),
         max_position: int | None = None,
-        blocks: int | None = None,
-        kv_cache_tokens: int | None = None,
-        kv_cache_fraction: float | None = None,
+        options: EngineOptions | None = None,
+        **fields: object,
     ) -> None:
+        chosen = options or EngineOptions(**fields)  # type: ignore[arg-type]
         self.program = program
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         spec, layout = program.spec, program.layout
+        blocks = chosen.blocks
         if blocks is None:
             blocks = cache_blocks(
                 spec,
                 layout,
                 program.device,
-                tokens=kv_cache_tokens,
-                fraction=kv_cache_fraction,
+                tokens=chosen.kv_cache_tokens,
+                fraction=chosen.kv_cache_fraction,
             )
         windows = [group.window for group in spec.groups]
         self.memory = PagedMemory(blocks, spec.block_size, windows)
         self.caches = allocate_cache(spec, blocks, program.device)
-        running = min(layout.max_sequences, layout.max_rows)
-        self.scheduler = Scheduler(self.memory, layout.max_tokens, running)
-        self.builder = BatchBuilder(spec, layout, program.device, self.scheduler.max_running)
+        tokens = min(layout.max_tokens, chosen.max_tokens or layout.max_tokens)
+        padded = 0
+        if chosen.deterministic:
+            tokens = padded = min(DETERMINISTIC_TOKENS, layout.max_tokens, layout.max_rows)
+        if tokens < 1:
+            raise UserError(f"max_tokens is {tokens}: give 1 or more tokens a step")
+        self.scheduler = Scheduler(
+            self.memory,
+            tokens,
+            layout.max_sequences,
+            layout.max_rows,
+            prefix_cache=chosen.prefix_cache,
+            policy=chosen.policy,
+        )
+        running = self.scheduler.max_running
+        self.builder = BatchBuilder(spec, layout, program.device, running, padded)
+        self.speculator = (
+            Speculator(chosen.drafter, chosen.draft_tokens) if chosen.drafter else None
+        )
         self.context = min(layout.max_position, max_position or layout.max_position)
+        self.requests = RequestFactory(self)
         self._metrics = Metrics(blocks=blocks)
-        self._requests: dict[int, Request] = {}
+        self._alive: dict[int, list[Sample]] = {}
+        self._forks: dict[Sample, list[Sample]] = {}
         self._ended: list[StepOutput] = []
-        self._next_id = 0
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to report."""
-        return bool(self._requests or self._ended)
+        return bool(self._alive or self._ended)
 
     @property
     def capacity(self) -> int:
@@ -111,175 +147,234 @@ class Engine:
     @property
     def metrics(self) -> Metrics:
         """Counters and the present state of queue and cache."""
-        metrics = self._metrics
-        metrics.running = len(self.scheduler.running)
-        metrics.waiting = len(self.scheduler.waiting)
-        metrics.preemptions = self.scheduler.preemptions
+        metrics, scheduler = self._metrics, self.scheduler
+        metrics.running = len(scheduler.running)
+        metrics.waiting = len(scheduler.waiting)
+        metrics.preemptions = scheduler.preemptions
+        metrics.evictions = scheduler.cache.evictions
+        metrics.asked_tokens = scheduler.asked_tokens
+        metrics.reused_tokens = scheduler.found_tokens
         metrics.free_blocks = self.memory.free
+        metrics.cached_blocks = sum(1 for _ in scheduler.cache)
         return metrics
-
-    def open_session(self) -> Session:
-        """A conversation whose cache is kept between requests (`add_request(session=...)`)."""
-        return Session()
-
-    def close_session(self, session: Session) -> None:
-        """Give the blocks of a session back."""
-        self.scheduler.sessions.drop(session)
 
     def add_request(
         self,
         token_ids: Sequence[int],
         params: SamplingParams | None = None,
         *,
-        session: Session | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        salt: Hashable = None,
+        detokenize: bool = True,
     ) -> int:
         """Queue a prompt and return the request's id; `UserError` if it can never run.
 
-        session: reuse the longest common prefix with what the session has in the cache.
+        priority: smaller goes first, where the policy looks at it. timeout_s: seconds after which
+        it ends with what it has (finish reason "timeout"). salt: only requests of the same salt
+        share the prefix cache. detokenize: False leaves texts empty, unless a stop string needs
+        them.
         """
-        params = params or SamplingParams()
-        prompt = list(token_ids)
-        self._check_prompt(prompt)
-        if params.stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer: give one to the engine, or token ids")
-        if session is not None and session.busy:
-            raise UserError("this session still runs a request: wait for it, or abort it")
-        limit = self.capacity
-        if params.max_tokens is not None:
-            limit = min(limit, len(prompt) + params.max_tokens)
-        ends = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends |= self.eos_token_ids
-        request = Request(self._next_id, prompt, params, limit, ends, session=session)
-        params.check_vocabulary(self.program.vocab_size)
-        bad_words = encode_bad_words(params.bad_words, self.tokenizer, self.program.vocab_size)
-        request.sampler = SamplerState(params, len(prompt), ends, bad_words=bad_words)
-        if self.tokenizer is not None:
-            request.text = TextStream(self.tokenizer, params.stop)
-        self._next_id += 1
-        self.scheduler.add(request)
-        self._requests[request.id] = request
-        if session is not None:
-            session.busy = True
-        return request.id
-
-    def _check_prompt(self, prompt: list[int]) -> None:
-        if not prompt:
-            raise UserError("the prompt has no tokens: give some text")
-        if min(prompt) < 0 or max(prompt) >= self.program.vocab_size:
-            wrong = next(t for t in prompt if not 0 <= t < self.program.vocab_size)
-            raise UserError(
-                f"token id {wrong} is outside the model's vocabulary of {self.program.vocab_size}"
-            )
-        if len(prompt) >= self.context:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens and the model's context is {self.context}: "
-                "shorten the prompt, so that an answer fits behind it"
-            )
-        if len(prompt) >= self.capacity:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens and the KV cache holds {self.capacity}: "
-                "shorten the prompt, or raise --kv-cache-tokens"
-            )
+        samples = self.requests.make(token_ids, params or SamplingParams(), detokenize)
+        lead = samples[0]
+        now = time.perf_counter()
+        for sample in samples:
+            sample.priority, sample.salt, sample.added = priority, salt, now
+            if timeout_s is not None:
+                sample.deadline = self.scheduler.clock() + timeout_s
+        if len(samples) > 1:
+            self._forks[lead] = samples[1:]
+        self._alive[lead.id] = samples
+        self.scheduler.add(lead)
+        self._metrics.requests += 1
+        return lead.id
 
     def abort(self, request_id: int) -> None:
-        """End a request now; its last output (finish reason "abort") comes with the next step."""
-        request = self._requests.get(request_id)
-        if request is not None:
-            self._end(request, "abort")
+        """End a request now; its last outputs (finish reason "abort") come with the next step."""
+        for sample in list(self._alive.get(request_id, ())):
+            self._end(sample, "abort")
 
     def step(self) -> list[StepOutput]:
-        """Compute one step; one output for each request that got a token or ended."""
+        """Compute one step; an output for each sequence that got a token or ended."""
+        for sample in self.scheduler.expired():
+            for each in [sample, *self._forks.get(sample, ())]:
+                self._end(each, "timeout")
+        if self.speculator is not None:
+            self.speculator.draft(self.scheduler.running)
         chunks = self.scheduler.plan()
         outputs, self._ended = self._ended, []
         if not chunks:
             return outputs
         try:
-            logits = self.program.run(self.builder.build(chunks), self.caches)
-            self.scheduler.commit(chunks)
-            self._count(chunks)
-            sampled = [c for c in chunks if c.rows]
-            tokens = self._sample(sampled, logits) if sampled else []
+            taken, selection, logits = self._run(chunks)
         except Exception as error:  # reported with every request of the step
             for chunk in chunks:
-                self._end(chunk.sequence, "error", error)
+                for each in [chunk.sequence, *self._forks.get(chunk.sequence, ())]:
+                    self._end(each, "error", error)
             outputs += self._ended
             self._ended = []
             return outputs
-        for chunk, token in zip(sampled, tokens, strict=True):
-            outputs.append(self._advance(chunk.sequence, token))
+        for chunk in chunks:
+            lead = chunk.sequence
+            if lead not in taken:
+                continue
+            for fork in self._forks.pop(lead, ()):
+                self.scheduler.fork(lead, fork)
+                outputs.append(self._taken(fork, taken[fork], selection, logits))
+            outputs.append(self._taken(lead, taken[lead], selection, logits, chunk))
         return outputs
 
+    def _taken(self, sample: Sample, *step: Any) -> StepOutput:
+        """`_take`, whose failure is this sequence's alone."""
+        try:
+            return self._take(sample, *step)
+        except Exception as error:
+            return self._finished(sample, StepOutput(sample.id, [], ""), "error", error)
+
+    def _run(
+        self, chunks: list[Chunk]
+    ) -> tuple[dict[Sample, Taken], Selection, torch.Tensor]:
+        """Compute the step and choose tokens; the chunks are in the cache after it."""
+        program = self.program
+        copies, self.scheduler.copies = self.scheduler.copies, []
+        copy_blocks(self.caches, program.spec, copies)
+        proposals = self.speculator.proposals if self.speculator else {}
+        selection = Selection(
+            chunks, proposals, self._forks, program.vocab_size, program.device
+        )
+        batch = self.builder.build(chunks)
+        began = time.perf_counter()
+        logits = program.run(batch, self.caches)
+        taken, chosen = selection.choose(logits)
+        self._prompt_logprobs(chunks, logits)
+        self.scheduler.commit(chunks)
+        self._count(chunks)
+        if self.speculator is not None:
+            seconds = time.perf_counter() - began
+            self.speculator.learn(chunks, taken, seconds, self._metrics)
+        return taken, selection, chosen
+
     def _count(self, chunks: list[Chunk]) -> None:
-        metrics = self._metrics
-        metrics.steps += 1
+        self._metrics.steps += 1
         for chunk in chunks:
-            sequence = chunk.sequence
-            if chunk.start < sequence.prompt_length:
-                metrics.prefilled_tokens += chunk.count
-            if sequence.reused and chunk.start == sequence.reused:
-                metrics.reused_tokens += sequence.reused
+            if chunk.start < chunk.sequence.prompt_length:
+                self._metrics.prefilled_tokens += chunk.count
 
-    def _sample(self, chunks: list[Chunk], logits: torch.Tensor) -> list[int | None]:
-        rows = []
+    def _prompt_logprobs(self, chunks: list[Chunk], logits: torch.Tensor) -> None:
+        row = 0
         for chunk in chunks:
-            assert chunk.sequence.sampler is not None
-            rows.append(Row(chunk.sequence.sampler, chunk.sequence.tokens))
-        tokens = sample(logits, rows)
-        for row, token in zip(rows, tokens, strict=True):
-            if token is not None:
-                row.state.accept((token,))
-        return tokens
+            sample = chunk.sequence
+            found = sample.prompt_logprobs
+            if found is not None and chunk.start < sample.prompt_length - 1:
+                end = min(chunk.start + chunk.count, sample.prompt_length - 1)
+                rows = logits[row : row + end - chunk.start]
+                tokens = sample.tokens[chunk.start + 1 : end + 1]
+                del found[chunk.start :]  # a prompt that was begun before and preempted
+                found += top_logprobs(rows, tokens, sample.params.prompt_logprobs or 0)
+            row += chunk.rows
 
-    def _advance(self, request: Request, token: int | None) -> StepOutput:
-        """Take a sampled token in: text, stop conditions, and the end if there is one."""
-        if token is None:
+    def _take(
+        self,
+        sample: Sample,
+        taken: Taken,
+        selection: Selection,
+        logits: torch.Tensor,
+        chunk: Chunk | None = None,
+    ) -> StepOutput:
+        """Take chosen tokens in: text, stop conditions, and the end if there is one."""
+        if taken.tokens[0] is None:
             error = SmeltError(
-                f"request {request.id}: the logits after token {len(request.tokens)} are NaN or "
+                f"request {sample.id}: the logits after token {len(sample.tokens)} are NaN or "
                 "all excluded; try --check-numerics when compiling, or another --dtype"
             )
-            return self._finished(request, [], "", "error", error)
-        request.tokens.append(token)
+            return self._finished(sample, StepOutput(sample.id, [], ""), "error", error)
+        output = StepOutput(sample.id, [], "", reused_tokens=sample.reused, index=sample.index)
+        if not sample.generated:
+            output.prompt_logprobs = sample.prompt_logprobs
+        flush, reason = True, None
+        assert sample.sampler is not None
+        for token in taken.tokens:
+            assert token is not None
+            reason, flush = self._append(sample, token, output)
+            if reason is not None:
+                break
+        self._time(sample, len(output.token_ids))
+        if sample.logprobs:
+            tokens = output.token_ids
+            output.logprobs = selection.logprobs(logits, sample, tokens, taken.path)
+        if chunk is not None and taken.path:
+            moves = slots_to_move(chunk, taken.path)
+            if moves:
+                move_slots(self.caches, self.program.spec, sample.tables, moves)
+            computed = chunk.start + chunk.known + len(taken.path)
+            self.scheduler.advance(sample, min(computed, len(sample.tokens)))
+        if reason is not None:
+            return self._finished(sample, output, reason, flush=flush)
+        return output
+
+    def _append(self, sample: Sample, token: int, output: StepOutput) -> tuple[str | None, bool]:
+        """One more token: why the answer ends with it, and whether held text belongs to it."""
+        sample.tokens.append(token)
+        output.token_ids.append(token)
         self._metrics.generated_tokens += 1
-        armed = request.generated >= request.params.min_tokens
-        if token in request.end_tokens and armed:
-            return self._finished(request, [token], "", "stop")
-        piece = ""
-        if request.text is not None:
-            piece, stopped = request.text.push(token, armed)
+        assert sample.sampler is not None
+        sample.sampler.accept((token,))
+        armed = sample.generated >= sample.params.min_tokens
+        if (token in sample.end_tokens and armed) or sample.sampler.finished:
+            # The end token itself is no text; a finished structure's last token is.
+            if sample.text is not None and token not in sample.end_tokens:
+                output.text += sample.text.push(token, False)[0]
+            return "stop", True
+        if sample.text is not None:
+            piece, stopped = sample.text.push(token, armed)
+            output.text += piece
             if stopped:
-                return self._finished(request, [token], piece, "stop", flush=False)
-        if len(request.tokens) >= request.limit:
-            return self._finished(request, [token], piece, "length")
-        return StepOutput(request.id, [token], piece, reused_tokens=request.reused)
+                return "stop", False
+        return ("length", True) if len(sample.tokens) >= sample.limit else (None, True)
+
+    def _time(self, sample: Sample, tokens: int) -> None:
+        now = time.perf_counter()
+        if sample.last:
+            self._metrics.itl.add((now - sample.last) / tokens, tokens)
+        else:
+            self._metrics.ttft.add(now - sample.added)
+        sample.last = now
 
     def _finished(
         self,
-        request: Request,
-        tokens: list[int],
-        piece: str,
+        sample: Sample,
+        output: StepOutput,
         reason: str,
         error: Exception | None = None,
         *,
         flush: bool = True,
     ) -> StepOutput:
-        """Release a request's cache; `flush` adds the text that was still held back."""
-        if flush and request.text is not None:
-            rest, stopped = request.text.finish()
-            piece += rest
+        """Release a sequence's cache; `flush` adds the text that was still held back."""
+        if flush and sample.text is not None:
+            rest, stopped = sample.text.finish()
+            output.text += rest
             if stopped and reason == "length":
                 reason = "stop"
-        request.finish_reason = reason
-        del self._requests[request.id]
-        self.scheduler.finish(request, keep=reason != "error")
-        if request.session is not None:
-            request.session.busy = False
-        return StepOutput(request.id, tokens, piece, reason, error, request.reused)
+        sample.finish_reason = reason
+        self._metrics.errors += reason == "error"
+        alive = self._alive[sample.id]
+        alive.remove(sample)
+        if not alive:
+            del self._alive[sample.id]
+        self._forks.pop(sample, None)
+        if sample.entered:
+            self.scheduler.finish(sample, keep=reason != "error")
+        if self.speculator is not None:
+            self.speculator.drop(sample)
+        output.index, output.finish_reason, output.error = sample.index, reason, error
+        output.reused_tokens = sample.reused
+        return output
 
-    def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
-        self._ended.append(self._finished(request, [], "", reason, error))
+    def _end(self, sample: Sample, reason: str, error: Exception | None = None) -> None:
+        if sample.finish_reason is None:
+            output = StepOutput(sample.id, [], "")
+            self._ended.append(self._finished(sample, output, reason, error))
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` if a cache block is lost or counted wrongly (tests, soak)."""
-        owners = [request.tables for request in self.scheduler.running]
-        self.memory.check_integrity([*owners, *self.scheduler.sessions.tables()])
+        self.memory.check_integrity(self.scheduler.tables(), self.scheduler.cache.blocks())

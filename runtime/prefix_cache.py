@@ -183,7 +183,14 @@ class PrefixCache:
         if parent.parent is not None and not parent.children:
             self._push(parent)
         elif not parent.children:
-            self._roots = {salt: root for salt, root in self._roots.items() if root.children}
+            self._drop_root(parent)
+
+    def _drop_root(self, root: Node) -> None:
+        """Salts come and go; a sequence that still holds this root keeps nothing behind it."""
+        for salt, other in list(self._roots.items()):
+            if other is root and salt is not None:
+                root.alive = False
+                del self._roots[salt]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

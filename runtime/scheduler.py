@@ -66,12 +66,21 @@ class Scheduler:
         """
         if sequence.limit > self.memory.capacity:
             raise ValueError(f"limit {sequence.limit} exceeds capacity {self.memory.capacity}")
-        sequence.arrival = self.clock()
+        sequence.arrival = sequence.arrival or self.clock()
+        sequence.entered = True
         self.policy.arrived(sequence, self.max_tokens)
         if sequence.deadline is not None:
             entry = (sequence.deadline, sequence.id, sequence.index, sequence)
             heapq.heappush(self._deadlines, entry)
         self._wait(sequence)
+
+    def fork(self, lead: Sequence, sequence: Sequence) -> None:
+        """Queue a sequence that goes on from the cache of a running one, blocks shared."""
+        sequence.tables = [table.fork() for table in lead.tables]
+        sequence.node, sequence.cached_blocks = lead.node, lead.cached_blocks
+        sequence.computed, sequence.reused = lead.computed, lead.reused
+        sequence.arrival = lead.arrival
+        self.add(sequence)
 
     def expired(self) -> list[Sequence]:
         """Sequences whose deadline has passed, each once; the caller finishes them."""

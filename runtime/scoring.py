@@ -18,8 +18,8 @@ def score(
     """One float32 [len, V] tensor a prompt: row i holds the logits after its tokens 0 to i.
 
     last: of each prompt, only the rows of so many last tokens, [last, V]. Prompts are packed
-    together, cut so that no step exceeds the graph's tokens and logit rows. They use the engine's
-    cache, so it must have no requests; idle sessions are dropped if needed.
+    together, cut so that no step exceeds the engine's tokens and rows. They use the engine's
+    cache, so it must have no requests; what is kept of earlier ones is dropped if needed.
     """
     if engine.scheduler.has_work:
         raise UserError("logits need the engine for themselves: finish or abort its requests")
@@ -37,7 +37,7 @@ def score(
             while waiting and lanes and _start(engine, waiting[-1], lanes):
                 active.append(waiting.pop())
             if not active:
-                raise SmeltError("too few cache blocks are free for logits: close sessions first")
+                raise SmeltError("too few cache blocks are free for logits")
             chunks = _plan(engine, active, skipped)
             logits = engine.program.run(engine.builder.build(chunks), engine.caches)
             row = 0
@@ -71,8 +71,8 @@ def _sequence(engine: Engine, index: int, tokens: list[int]) -> Sequence:
 def _start(engine: Engine, sequence: Sequence, lanes: list[int]) -> bool:
     """Reserve all blocks of a sequence at once, so that those under way never wait for more."""
     tables = engine.memory.new_tables()
-    while not engine.memory.grow(tables, len(sequence.tokens)):
-        if not engine.scheduler.sessions.reclaim():
+    while engine.memory.grow(tables, 0, len(sequence.tokens)) is None:
+        if not engine.scheduler.cache.reclaim():
             return False
     sequence.tables = tables
     sequence.lane = lanes.pop()
@@ -80,9 +80,9 @@ def _start(engine: Engine, sequence: Sequence, lanes: list[int]) -> bool:
 
 
 def _plan(engine: Engine, active: list[Sequence], skipped: list[int]) -> list[Chunk]:
-    """Chunks within the step's tokens and rows; the first `skipped` tokens need no rows."""
-    layout = engine.program.layout
-    tokens, rows = layout.max_tokens, layout.max_rows
+    """Chunks within a step's tokens and rows; the first `skipped` tokens need no rows."""
+    tokens, rows = engine.scheduler.max_tokens, engine.scheduler.max_rows
+    rows = min(rows, engine.builder.padded or rows)
     chunks: list[Chunk] = []
     for sequence in active:
         before = max(0, skipped[sequence.id] - sequence.computed)

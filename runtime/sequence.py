@@ -26,7 +26,9 @@ class Sequence:
     goes first; salt: requests of different salts share no cache; level, served: of the policy.
     fresh: every prompt token must be computed (their log probabilities are wanted). draft:
     proposed tokens to verify in the next step; parents: of each the index of the one before it,
-    -1 for the last known token; None for a chain.
+    -1 for the last known token; None for a chain. logprobs: whether those of its tokens are wanted;
+    prompt_logprobs: those found so far, None if they are not wanted. added, last: when the request
+    came and its newest token, in seconds. entered: the scheduler has it.
     """
 
     id: int
@@ -53,6 +55,11 @@ class Sequence:
     queued: float = 0.0
     draft: list[int] = field(default_factory=list)
     parents: list[int] | None = None
+    logprobs: bool = False
+    prompt_logprobs: list[Any] | None = None
+    added: float = 0.0
+    last: float = 0.0
+    entered: bool = False
     finish_reason: str | None = None
     sampler: SamplerState | None = None
     text: TextStream | None = None

@@ -16,7 +16,6 @@ from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.kv_cache import allocate_cache, cache_blocks, free_memory
 from smelt.runtime.sampling_params import SamplingParams
 from smelt.runtime.scoring import score
-from smelt.runtime.sequence import Session
 
 BOTH = {"tokens": 5, "fraction": 0.5}
 EXPECTED: dict[tuple[object, ...], list[int]] = {}
@@ -77,6 +76,7 @@ def test_greedy_is_the_same_batched_chunked_and_preempted(
     results = run(engine)
     for request, prompt in zip(ids, wanted, strict=True):
         assert results[request] == (expected(step, prompt, 8), "length")
+    engine.scheduler.cache.clear()
     assert engine.memory.free == engine.memory.pools[0].size
 
 
@@ -107,7 +107,7 @@ def test_sampled_tokens_survive_batching_and_preemption() -> None:
 
 def test_window_blocks_are_freed_while_running() -> None:
     step = FakeStep(windows=(7,), max_position=256)
-    engine = Engine(step, blocks=64)
+    engine = Engine(step, blocks=64, prefix_cache=False)
     request = engine.add_request(prompts(1, 1)[0], SamplingParams(max_tokens=60))
     used = []
     result: list[int] = []
@@ -119,75 +119,9 @@ def test_window_blocks_are_freed_while_running() -> None:
     assert result == expected(step, prompts(1, 1)[0], 60), request
 
 
-@pytest.mark.parametrize("windows", [(0,), (0, 7)])
-def test_a_session_prefills_only_new_tokens(windows: tuple[int, ...]) -> None:
-    step = FakeStep(windows=windows, max_tokens=64)
-    engine = Engine(step, blocks=64)
-    session = engine.open_session()
-    history = prompts(1, 20, seed=3)[0]
-    for turn in range(3):
-        before = engine.metrics.prefilled_tokens
-        request = engine.add_request(history, SamplingParams(max_tokens=6), session=session)
-        answer = run(engine)[request][0]
-        assert answer == expected(step, history, 6)
-        computed = engine.metrics.prefilled_tokens - before
-        # The last sampled token of the turn before was never in the cache.
-        assert computed == (len(history) if turn == 0 else 1 + 5)
-        history = history + answer + prompts(1, 1, seed=turn)[0] * 5
-    engine.close_session(session)
-    assert engine.memory.free == 64
-
-
-def test_a_session_reuses_part_of_a_block_after_a_change() -> None:
-    step = FakeStep(windows=(0,), block_size=8, max_tokens=64)
-    engine = Engine(step, blocks=64)
-    session = engine.open_session()
-    history = prompts(1, 20, seed=5)[0] + list(range(30))
-    run_one(engine, history, session)
-    changed = [*history[:21], 90, 91, 92]
-    request = engine.add_request(changed, SamplingParams(max_tokens=6), session=session)
-    assert run(engine)[request][0] == expected(step, changed, 6)
-    assert engine.metrics.reused_tokens == 21
-
-
-def test_a_session_recovers_where_its_window_is_gone() -> None:
-    step = FakeStep(windows=(0, 7), max_tokens=64)
-    engine = Engine(step, blocks=64)
-    session = engine.open_session()
-    history = list(range(40))
-    run_one(engine, history, session)
-    request = engine.add_request(history[:12], SamplingParams(max_tokens=6), session=session)
-    assert run(engine)[request][0] == expected(step, history[:12], 6)
-    assert engine.metrics.reused_tokens == 0
-
-
-def test_idle_sessions_give_way() -> None:
-    step = FakeStep(windows=(0,))
-    engine = Engine(step, blocks=12)
-    sessions = [engine.open_session() for _ in range(3)]
-    for number, session in enumerate(sessions):
-        run_one(engine, list(range(number, number + 14)), session)
-    prompt = list(range(30))
-    request = engine.add_request(prompt, SamplingParams(max_tokens=6))
-    assert run(engine)[request][0] == expected(step, prompt, 6)
-    assert not sessions[0].tokens
-    run_one(engine, list(range(14)), sessions[0])
-
-
-def run_one(engine: Engine, prompt: list[int], session: Session | None = None) -> None:
-    engine.add_request(prompt, SamplingParams(max_tokens=3), session=session)
-    run(engine)
-
-
-def test_a_session_runs_one_request_at_a_time() -> None:
-    engine = Engine(FakeStep(), blocks=32)
-    session = engine.open_session()
-    first = engine.add_request([1, 2], session=session)
-    with pytest.raises(UserError, match="session"):
-        engine.add_request([1, 2], session=session)
-    engine.abort(first)
-    engine.add_request([1, 2], SamplingParams(max_tokens=2), session=session)
-    run(engine)
+def run_one(engine: Engine, prompt: list[int], count: int = 3) -> list[int]:
+    request = engine.add_request(prompt, SamplingParams(max_tokens=count))
+    return run(engine)[request][0]
 
 
 def test_end_tokens_stop_and_can_be_ignored() -> None:
@@ -248,6 +182,7 @@ def test_abort_at_any_point_frees_everything(steps: int) -> None:
     outputs = engine.step()
     assert [o.finish_reason for o in outputs] == ["abort"] * 4
     assert not engine.has_work
+    engine.scheduler.cache.clear()
     assert engine.memory.free == 8
 
 
@@ -273,6 +208,7 @@ def test_a_failing_step_ends_its_requests_only() -> None:
                 assert (output.finish_reason == "error") == (output.error is not None)
         engine.check_integrity()
     assert [reasons[i] for i in ids] == ["error", "error", "length"]
+    engine.scheduler.cache.clear()
     assert engine.memory.free == 64
 
 
@@ -299,15 +235,14 @@ def test_nan_logits_end_that_request_alone() -> None:
 def test_scores_equal_the_oracle(blocks: int) -> None:
     step = FakeStep(max_rows=5, max_tokens=16)
     engine = Engine(step, blocks=blocks)
-    session = engine.open_session()
-    run_one(engine, list(range(12)), session)
+    run_one(engine, list(range(12)))
     wanted = [*prompts(5, 30, seed=2), [], list(range(44))]
     for prompt, logits in zip(wanted, score(engine, wanted), strict=True):
         assert logits.dtype == torch.float32
         assert logits.shape == (len(prompt), 97)
         if prompt:
             torch.testing.assert_close(logits, step.oracle(prompt), atol=1e-5, rtol=1e-5)
-    engine.close_session(session)
+    engine.scheduler.cache.clear()
     assert engine.memory.free == blocks
 
 

@@ -1,0 +1,88 @@
+"""How many tokens to draft: as many as pay, and none while drafting loses.
+
+With acceptance a (the chance that a token is taken if those before it were), a draft of k gives
+(1 - a^(k+1)) / (1 - a) tokens a step (Leviathan et al. 2023). What a step of so many tokens costs,
+and what proposing costs, is measured while it happens; the best rate wins. Every so often another
+length is tried, so that a text that becomes predictable is noticed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+LENGTHS = (0, 1, 2, 3, 4, 6, 8)
+PROBE_EVERY = 48
+KEEP = 0.9  # of an old estimate, with each new measurement
+
+
+class Average:
+    """An exponential moving average that begins with its first value."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def add(self, value: float) -> None:
+        self.value = value if self.value is None else KEEP * self.value + (1 - KEEP) * value
+
+
+class DraftLength:
+    """Chooses the length of the next draft. fixed: always that, otherwise by what pays.
+
+    longest: what `fixed` None may choose at most.
+    """
+
+    def __init__(self, fixed: int | None = None, longest: int = 8) -> None:
+        self.fixed = fixed
+        self.lengths = [n for n in LENGTHS if n <= longest]
+        self.acceptance = Average()
+        self.proposing = Average()  # seconds a proposed token
+        self._seconds: dict[int, Average] = defaultdict(Average)  # of a step, by its tokens
+        self._steps = 0
+
+    def choose(self, sequences: int) -> int:
+        """Tokens to draft for each of so many sequences, 0 for none."""
+        if self.fixed is not None:
+            return self.fixed
+        self._steps += 1
+        plain = self._seconds[_size(sequences)].value
+        accepted = self.acceptance.value
+        if plain is None:
+            return 0  # what a step costs without a draft has to be known first
+        if accepted is None:
+            return self.lengths[len(self.lengths) // 2]
+        best = max(self.lengths, key=lambda n: self._rate(n, sequences, accepted, plain))
+        if self._steps % PROBE_EVERY:
+            return best
+        return 0 if best else self.lengths[len(self.lengths) // 2]
+
+    def _rate(self, count: int, sequences: int, accepted: float, plain: float) -> float:
+        """Tokens a second and sequence; a size never seen is taken to cost what a plain step does."""
+        a = min(accepted, 0.99)
+        tokens = (1 - a ** (count + 1)) / (1 - a)
+        seconds = self._seconds[_size(sequences * (1 + count))].value
+        if seconds is None:
+            known = [v.value for n, v in self._seconds.items() if n <= sequences * (1 + count)]
+            seconds = max([v for v in known if v is not None], default=plain)
+        return tokens / (seconds + (self.proposing.value or 0.0) * count * sequences)
+
+    def proposed(self, tokens: int, seconds: float) -> None:
+        """So many tokens were proposed in so many seconds."""
+        if tokens:
+            self.proposing.add(seconds / tokens)
+
+    def verified(self, judged: int, accepted: int) -> None:
+        """Of `judged` tokens whose predecessors were all taken, `accepted` were taken."""
+        if judged:
+            self.acceptance.add(accepted / judged)
+
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """A step of decoding alone, of so many tokens, took so long."""
+        self._seconds[_size(tokens)].add(seconds)
+
+
+def _size(tokens: int) -> int:
+    """Steps of nearly equal sizes share a measurement: to the next of 1 to 8, then of eighths."""
+    if tokens <= 8:
+        return tokens
+    unit = 1 << (tokens.bit_length() - 4)
+    return -(-tokens // unit) * unit
