@@ -321,8 +321,9 @@ class Engine:
         sample.sampler.accept((token,))
         armed = sample.generated >= sample.params.min_tokens
         if (token in sample.end_tokens and armed) or sample.sampler.finished:
-            # The end token itself is no text; a finished structure's last token is.
-            if sample.text is not None and token not in sample.end_tokens:
+            # An end token is no text; a finished structure's last token is.
+            output.silent_end = token in sample.end_tokens
+            if sample.text is not None and not output.silent_end:
                 output.text += sample.text.push(token, False)[0]
             return "stop", True
         if sample.text is not None:

@@ -8,18 +8,16 @@ One `LLM` owns one engine; calls from one thread at a time.
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .engine import Engine
-from .errors import SmeltError, UserError
+from .engine import Engine, EngineOptions
+from .errors import UserError
+from .outputs import Collector, Output, Stream
 from .sampling_params import SamplingParams
-from .sequence import Session, StepOutput
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,133 +29,19 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
 
-@dataclass
-class Output:
-    """The answer to one prompt.
-
-    text: the decoded `token_ids`, cut before a stop string. finish_reason: "stop" (end token or
-    stop string), "length" (max_tokens or the context), "abort" or "error" (then `error` says what).
-    ttft_s: seconds from the request to its first token. decode_tokens_per_s: rate of the tokens
-    after the first, 0 where there are none. reused_tokens: of the prompt, found in the cache.
-    """
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    prompt_tokens: int = 0
-    ttft_s: float = 0.0
-    decode_tokens_per_s: float = 0.0
-    reused_tokens: int = 0
-    error: str | None = None
-
-
-class Stream:
-    """Iterates over an answer's pieces of text; `output` is the answer so far, then the whole.
-
-    Leaving the loop early and calling `close` (or `with`) ends the request. Setting `cancelled`
-    does so at the next step, and may be done in a signal handler.
-    """
-
-    def __init__(self, llm: LLM, request: _Request) -> None:
-        self._llm = llm
-        self._request = request
-        self.cancelled = False
-
-    @property
-    def output(self) -> Output:
-        return self._request.output
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        while True:
-            piece = self._request.next_piece()
-            if piece:
-                return piece
-            if self._request.done:
-                self._request.raise_error()
-                raise StopIteration
-            if self.cancelled:
-                self.close()
-            else:
-                self._llm._pump()
-
-    def close(self) -> None:
-        """End the request if it still runs; its text so far stays in `output`."""
-        if not self._request.done:
-            self._llm.engine.abort(self._request.id)
-            while not self._request.done:
-                self._llm._pump()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # A consumer that went away must not leave its request running; the next step reports it.
-        if not self._request.done:
-            self._llm.engine.abort(self._request.id)
-
-
-class _Request:
-    """Collects one request's step outputs and its times."""
-
-    def __init__(self, request_id: int, prompt_tokens: int) -> None:
-        self.id = request_id
-        self.output = Output(prompt_tokens=prompt_tokens)
-        self.done = False
-        self.exception: Exception | None = None
-        self._pieces: deque[str] = deque()
-        self._added = time.perf_counter()
-        self._first = self._last = 0.0
-
-    def take(self, step: StepOutput) -> None:
-        output = self.output
-        if step.token_ids:
-            self._last = time.perf_counter()
-            if not output.token_ids:
-                self._first = self._last
-                output.ttft_s = self._first - self._added
-            output.token_ids += step.token_ids
-        if step.text:
-            output.text += step.text
-            self._pieces.append(step.text)
-        output.reused_tokens = max(output.reused_tokens, step.reused_tokens)
-        if step.finish_reason:
-            self.done = True
-            output.finish_reason = step.finish_reason
-            if self._last > self._first:
-                seconds = self._last - self._first
-                output.decode_tokens_per_s = (len(output.token_ids) - 1) / seconds
-            if step.error is not None:
-                self.exception = step.error
-                output.error = f"{type(step.error).__name__}: {step.error}"
-
-    def next_piece(self) -> str:
-        return self._pieces.popleft() if self._pieces else ""
-
-    def raise_error(self) -> None:
-        if isinstance(self.exception, SmeltError):
-            raise self.exception
-        if self.exception is not None:
-            raise SmeltError(f"the step failed: {self.output.error}") from self.exception
-
-
 class LLM:
-    """A loaded artifact. path: its folder; kv_cache_tokens or kv_cache_fraction size the cache."""
+    """A loaded artifact. path: its folder.
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        kv_cache_tokens: int | None = None,
-        kv_cache_fraction: float | None = None,
-    ) -> None:
+    draft: what proposes tokens: "ngram", or the folder of a smaller artifact with the same
+    vocabulary. options: the fields of `EngineOptions`, by name.
+    """
+
+    def __init__(self, path: str | Path, *, draft: str | Path | None = None, **options: Any) -> None:
         from .artifact import open_artifact
 
+        unknown = set(options) - {f.name for f in fields(EngineOptions)}
+        if unknown:
+            raise TypeError(f"load() takes no {sorted(unknown)[0]!r}")
         artifact = open_artifact(Path(path))
         model = artifact.manifest.model
         self.artifact: LoadedArtifact | None = artifact
@@ -166,15 +50,18 @@ class LLM:
         if not eos and self.tokenizer.eos_token_id is not None:
             eos = [self.tokenizer.eos_token_id]
         self.bos_token_id = _first_id(model.get("bos_token_id"), self.tokenizer.bos_token_id)
+        if draft is not None:
+            from .speculation.open import open_drafter
+
+            options["drafter"] = open_drafter(draft, artifact.program, self.tokenizer)
         self.engine = Engine(
             artifact.program,
             tokenizer=self.tokenizer,
             eos_token_ids=eos,
             max_position=model.get("max_position"),
-            kv_cache_tokens=kv_cache_tokens,
-            kv_cache_fraction=kv_cache_fraction,
+            options=EngineOptions(**options),
         )
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Collector] = {}
 
     def generate(
         self,
@@ -184,12 +71,12 @@ class LLM:
         """Answer all prompts, batched; outputs in the order of the prompts.
 
         prompts: a text, a list of token ids, or a list of either. params: one for all, or one each.
-        A single failed request has `error` set; if all fail, the first error is raised.
+        A failed request has `error` set; if all fail, the first error is raised.
         """
         many = _prompt_list(prompts)
         each = _params_list(params, len(many))
         encoded = [self._encode(prompt) for prompt in many]
-        requests: list[_Request] = []
+        requests: list[Collector] = []
         try:
             for tokens, wanted in zip(encoded, each, strict=True):
                 requests.append(self._add(tokens, wanted))
@@ -207,12 +94,13 @@ class LLM:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        *,
-        session: Session | None = None,
     ) -> Stream:
-        """Pieces of the answer as they become final. session: reuse and keep its cache."""
-        request = self._add(self._encode(prompt), params or SamplingParams(), session)
-        return Stream(self, request)
+        """Pieces of the answer as they become final; `UserError` if `params` ask for several."""
+        params = params or SamplingParams()
+        if params.n > 1:
+            raise UserError(f"n is {params.n}: a stream gives one answer, use generate")
+        request = self._add(self._encode(prompt), params)
+        return Stream(request, self._pump, self.engine.abort)
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **variables: Any
@@ -285,12 +173,13 @@ class LLM:
             raise UserError("the prompt is empty, and this model has no BOS token to begin with")
         return tokens
 
-    def _add(
-        self, tokens: list[int], params: SamplingParams, session: Session | None = None
-    ) -> _Request:
+    def _add(self, tokens: list[int], params: SamplingParams) -> Collector:
         if self.artifact is None:
             raise UserError("this LLM is closed: load the artifact again")
-        request = _Request(self.engine.add_request(tokens, params, session=session), len(tokens))
+        samples = max(params.n, params.best_of or 1)
+        own = self.tokenizer if not params.stop else None
+        request = Collector(len(tokens), own, samples, params.n, params.logprobs is not None)
+        request.id = self.engine.add_request(tokens, params, detokenize=False)
         self._requests[request.id] = request
         return request
 
@@ -305,18 +194,15 @@ class LLM:
                 del self._requests[step.id]
 
 
-def load(
-    path: str | Path,
-    *,
-    kv_cache_tokens: int | None = None,
-    kv_cache_fraction: float | None = None,
-) -> LLM:
+def load(path: str | Path, **options: Any) -> LLM:
     """Open an artifact for generation.
 
     kv_cache_tokens: tokens the KV cache holds over all sequences; kv_cache_fraction: of the free
-    memory (0.4 if neither is given). Raises `UserError` or `SmeltError` naming what is wrong.
+    memory (0.4 if neither is given); draft: "ngram" or a smaller artifact; deterministic: tokens
+    depend on nothing but the prompt; further ones as in `EngineOptions`. Raises `UserError` or
+    `SmeltError` naming what is wrong.
     """
-    return LLM(path, kv_cache_tokens=kv_cache_tokens, kv_cache_fraction=kv_cache_fraction)
+    return LLM(path, **options)
 
 
 def _first_id(*candidates: int | None) -> int | None:

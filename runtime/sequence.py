@@ -105,7 +105,8 @@ class StepOutput:
     index: which sample of the request. finish_reason: None while it runs, else "stop" (end token,
     stop string, end of a grammar), "length", "abort", "timeout" or "error" (then `error` holds
     what happened). reused_tokens: of the prompt, found in the cache. logprobs: one entry a token
-    where they were asked for; prompt_logprobs: one a prompt token, with the first output.
+    where they were asked for; prompt_logprobs: one a prompt token but the first, with the first
+    output. silent_end: whether the last token is an end token, which is no text.
     """
 
     id: int
@@ -117,3 +118,4 @@ class StepOutput:
     index: int = 0
     logprobs: list[Any] | None = None
     prompt_logprobs: list[Any] | None = None
+    silent_end: bool = False

@@ -1,0 +1,197 @@
+"""Drafts from a smaller model: an artifact with the same vocabulary, run a few tokens ahead.
+
+It keeps a paged cache of its own in which each sequence has a shadow. Before it proposes it takes
+in what the model has accepted since; what was drafted and refused is overwritten. All sequences
+draft together, a token a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..batch_builder import BatchBuilder
+from ..blocks import PagedMemory
+from ..filters import draw
+from ..kv_cache import allocate_cache, cache_blocks
+from ..prefix_cache import common_prefix
+from ..sampler import DRAFT, Row, distributions, process, sample
+from ..sequence import Chunk, Sequence
+from .drafter import Proposal
+
+if TYPE_CHECKING:
+    from ..engine import StepProgram
+
+
+class _Shadow:
+    """A sequence as the draft model's cache has it.
+
+    fed: the tokens in its cache; drafted: those of the proposal under way, q their distributions.
+    """
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = Sequence(sequence.id, [], sequence.params, sequence.limit)
+        self.known = 0  # of `fed`, how many were the model's own at the last proposal
+        self.drafted: list[int] = []
+        self.q: list[torch.Tensor] = []
+
+    def follow(self, tokens: list[int]) -> None:
+        """Go back to where the cache and the model's tokens agree, and await the rest."""
+        own = self.sequence
+        fed = own.tokens[: own.computed]
+        agreed = self.known + common_prefix(fed[self.known :], tokens[self.known : len(fed)])
+        own.computed = min(agreed, len(tokens) - 1)
+        own.tokens = list(tokens)
+        self.known = own.computed
+        self.drafted, self.q = [], []
+
+
+class ModelDrafter:
+    """Proposes what the draft model would say. vocab_size: of the model it drafts for.
+
+    Sampled requests draw from the draft's own distribution, under the request's parameters; greedy
+    ones take its best token. A sequence whose prompt it has not read yet gets no proposal: it reads
+    one step's tokens of it at a time.
+    """
+
+    name = "draft"
+
+    def __init__(self, program: StepProgram, vocab_size: int) -> None:
+        self.program = program
+        self.vocab_size = vocab_size
+        spec, layout = program.spec, program.layout
+        blocks = cache_blocks(spec, layout, program.device)
+        self.memory = PagedMemory(blocks, spec.block_size, [g.window for g in spec.groups])
+        self.caches = allocate_cache(spec, blocks, program.device)
+        lanes = min(layout.max_sequences, layout.max_rows, layout.max_tokens)
+        self.builder = BatchBuilder(spec, layout, program.device, lanes)
+        self._lanes = list(range(lanes))
+        self._shadows: dict[Sequence, _Shadow] = {}  # least recently used first
+
+    def propose(self, sequences: Items[Sequence], counts: Items[int]) -> list[Proposal | None]:
+        for sequence in sequences:
+            shadow = self._shadows.pop(sequence, None)
+            if shadow is not None:  # now the most recently used
+                self._shadows[sequence] = shadow
+        asked = []
+        for sequence, count in zip(sequences, counts, strict=True):
+            shadow = self._follow(sequence)
+            room = self.program.layout.max_position - len(sequence.tokens)
+            if shadow is not None and min(count, room) > 0:
+                asked.append((sequence, shadow, min(count, room)))
+        ready = self._read(asked)
+        for done in range(max((count for *_, count in asked), default=0)):
+            active = [(s, d) for s, d, n in asked if d in ready and len(d.drafted) == done < n]
+            active = [
+                (s, d)
+                for s, d in active
+                if self._alive(d) and self._grow(d, len(d.sequence.tokens))
+            ]
+            active = [(s, d) for s, d in active if self._alive(d)]
+            if not active:
+                break
+            self._step(active)
+        return [self._proposal(sequence) for sequence in sequences]
+
+    def observe(self, sequence: Sequence, features: torch.Tensor) -> None: ...
+
+    def drop(self, sequence: Sequence) -> None:
+        shadow = self._shadows.pop(sequence, None)
+        if shadow is not None:
+            for table in shadow.sequence.tables:
+                table.clear()
+            shadow.sequence.tables = []
+            self._lanes.append(shadow.sequence.lane)
+
+    def _follow(self, sequence: Sequence) -> _Shadow | None:
+        if len(sequence.tokens) >= self.program.layout.max_position:
+            return None
+        shadow = self._shadows.get(sequence)
+        if shadow is None:
+            if not self._lanes:
+                return None
+            shadow = self._shadows[sequence] = _Shadow(sequence)
+            shadow.sequence.tables = self.memory.new_tables()
+            shadow.sequence.lane = self._lanes.pop()
+        shadow.follow(sequence.tokens)
+        for table in shadow.sequence.tables:
+            table.slide(shadow.known)
+        return shadow
+
+    def _read(self, asked: list[tuple[Sequence, _Shadow, int]]) -> set[_Shadow]:
+        """Let the cache catch up but for the last token; returns whoever is ready to draft."""
+        budget = self.program.layout.max_tokens
+        chunks, ready = [], set()
+        for _, shadow, _ in asked:
+            own = shadow.sequence
+            count = min(own.pending - 1, budget)
+            if self._alive(shadow) and count > 0 and self._grow(shadow, own.computed + count):
+                chunks.append(Chunk(own, own.computed, count, 0))
+                budget -= count
+            if count == own.pending - 1:
+                ready.add(shadow)
+        chunks = [chunk for chunk in chunks if chunk.sequence.tables]
+        if chunks:
+            self.program.run(self.builder.build(chunks), self.caches)
+            for chunk in chunks:
+                chunk.sequence.computed += chunk.count
+        for _, shadow, _ in asked:
+            shadow.known = shadow.sequence.computed
+        return {shadow for shadow in ready if shadow.sequence.pending == 1}
+
+    def _alive(self, shadow: _Shadow) -> bool:
+        """Whether it still has its blocks: another one's growth may have taken them."""
+        return bool(shadow.sequence.tables)
+
+    def _step(self, active: list[tuple[Sequence, _Shadow]]) -> None:
+        """One more token for each."""
+        chunks = [Chunk(d.sequence, d.sequence.computed, 1, 1) for _, d in active]
+        logits = self.program.run(self.builder.build(chunks), self.caches)
+        logits = _fit(logits, self.vocab_size)
+        rows = []
+        for sequence, shadow in active:
+            assert sequence.sampler is not None
+            rows.append(Row(sequence.sampler, sequence.tokens, tuple(shadow.drafted)))
+        if all(row.state.greedy for row in rows):
+            picked = sample(logits, rows)
+        else:
+            q = distributions(process(logits, rows), rows)
+            uniforms = [
+                0.0 if row.state.greedy else row.state.peek(len(row.draft), DRAFT) for row in rows
+            ]
+            picked = draw(q, uniforms)
+        for i, (_, shadow) in enumerate(active):
+            shadow.sequence.computed += 1
+            token = picked[i]
+            if token is None:  # the draft's logits are no numbers: it has nothing to say
+                continue
+            shadow.drafted.append(token)
+            shadow.sequence.tokens.append(token)
+            if not rows[i].state.greedy:
+                shadow.q.append(q[i])
+
+    def _proposal(self, sequence: Sequence) -> Proposal | None:
+        shadow = self._shadows.get(sequence)
+        if shadow is None or not shadow.drafted:
+            return None
+        q = torch.stack(shadow.q) if shadow.q else None
+        return Proposal(shadow.drafted, None, q)
+
+    def _grow(self, shadow: _Shadow, tokens: int) -> bool:
+        """Room for so many tokens, at the cost of whoever drafted longest ago."""
+        while self.memory.grow(shadow.sequence.tables, shadow.sequence.computed, tokens) is None:
+            oldest = next(iter(self._shadows))
+            if self._shadows[oldest] is shadow:
+                return False
+            self.drop(oldest)
+        return True
+
+
+def _fit(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Logits of the model's width: vocabularies are padded to different multiples."""
+    missing = vocab_size - logits.shape[1]
+    if missing <= 0:
+        return logits[:, :vocab_size]
+    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
