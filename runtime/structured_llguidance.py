@@ -15,6 +15,7 @@ import llguidance
 from .bitmask import set_bits
 from .errors import UserError
 from .structured_regex import portable_regex
+from .structured_schema import nested_id
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,11 @@ class LLGuidance:
     @staticmethod
     def translate(kind: str, text: str) -> tuple[str, str]:
         """The kind and text to `compile`; `UserError` for what llguidance reads differently."""
-        return kind, portable_regex(text, "llguidance") if kind == "regex" else text
+        if kind == "regex":
+            text = portable_regex(text, "llguidance")
+        elif kind == "json_schema" and nested_id(json.loads(text)):
+            raise UserError("it does not resolve references across $id below the top")
+        return kind, text
 
     def compile(self, kind: str, text: str) -> str:
         """The grammar in llguidance's own form, known to compile within its limits."""

@@ -44,6 +44,8 @@ def portable_regex(regex: str, backend: str) -> str:
                 _refuse(f"the quantifier {regex[place - 1 : place + 1]}", backend)
         elif character == "." and backend == "xgrammar":
             character = "[^\\n]"
+        if ord(character[0]) < 32:
+            character = f"\\x{ord(character):02x}"
         out.append(character if width == 1 else regex[place : place + width])
         place += width
     return "".join(out)
@@ -69,4 +71,4 @@ def _in_class(regex: str, place: int, backend: str) -> str:
 
 def _refuse(what: str, backend: str) -> None:
     other = "llguidance" if backend == "xgrammar" else "xgrammar"
-    raise UserError(f"regex has {what}, which {backend} does not support: rewrite it, or {other}")
+    raise UserError(f"it would not read {what} as Python does, {other} may")

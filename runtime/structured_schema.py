@@ -7,6 +7,7 @@ to it only if it consists of what this file knows to be enforced. (llguidance re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,48 @@ _OTHERS = """$ref $dynamicRef $recursiveRef $id $anchor $dynamicAnchor $recursiv
     unevaluatedItems unevaluatedProperties additionalItems multipleOf extends disallow
     divisibleBy"""
 _MEANING = frozenset(_OTHERS.split()).union(*_BY_TYPE.values())
+
+_PLAIN_ESCAPE = re.compile(r"\\[dw.\-+*?()\[\]{}^$|]")
+_BRACKETS = re.compile(r"\(.*\)", re.DOTALL)
+# One character of a JSON string, as it is written: itself, or escaped.
+_CHARACTER = r'([^"\\\x00-\x1f]|\\["\\/bfnrt])'
+
+
+def for_xgrammar(schema: Any) -> Any:
+    """The schema with lengths of strings written as patterns; it must have passed `unenforced`.
+
+    xgrammar lets strings of a bounded length have control characters, which are not JSON.
+    """
+    if isinstance(schema, list):
+        return [for_xgrammar(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in ("properties", "$defs", "definitions"):
+            found[name] = {key: for_xgrammar(part) for key, part in value.items()}
+        else:
+            found[name] = value if name in ("enum", "const") else for_xgrammar(value)
+    if schema.get("type") == "string" and {"minLength", "maxLength"} & schema.keys():
+        least, most = found.pop("minLength", 0), found.pop("maxLength", "")
+        found["pattern"] = f"^{_CHARACTER}{{{least},{most}}}$"
+    return found
+
+
+def nested_id(schema: Any) -> bool:
+    """Whether a part of the schema has an identity of its own, which changes what $ref means."""
+    pending, root = [schema], True
+    while pending:
+        part = pending.pop()
+        if isinstance(part, dict):
+            if not root and isinstance(part.get("$id", part.get("id")), str):
+                return True
+            data = ("enum", "const", "default", "examples")
+            pending += [value for name, value in part.items() if name not in data]
+        elif isinstance(part, list):
+            pending += part
+        root = False
+    return False
 
 
 def unenforced(schema: Any) -> str | None:
@@ -108,6 +151,9 @@ def _string(schema: dict[str, Any]) -> str | None:
     words = schema.keys() & _BY_TYPE["string"]
     if "format" in words:
         return f"format {schema['format']!r:.60}"
+    lengths = [schema[name] for name in ("minLength", "maxLength") if name in words]
+    if any(type(length) is not int or length < 0 for length in lengths):
+        return "a length that is no whole number"
     if "pattern" not in words:
         return None
     if len(words) > 1:
@@ -115,8 +161,11 @@ def _string(schema: dict[str, Any]) -> str | None:
     pattern = schema["pattern"]
     if not isinstance(pattern, str) or not (pattern.startswith("^") and pattern.endswith("$")):
         return "a pattern without ^ and $ at its ends"
-    # Inside a JSON string, characters that need escapes would have to be excluded.
-    if any(part in pattern for part in (".", "[^", "\\", "|", '"')):
+    # A class that excludes would match characters that need an escape in JSON, and alternatives
+    # outside brackets would take the anchors apart.
+    bare = _PLAIN_ESCAPE.sub("x", pattern)
+    outside = _BRACKETS.sub("", bare)
+    if any(part in bare for part in (".", "[^", "\\", '"')) or "|" in outside:
         return f"the pattern {pattern!r:.60}"
     try:
         portable_regex(pattern, "xgrammar")

@@ -14,7 +14,7 @@ import xgrammar
 
 from .errors import UserError
 from .structured_regex import portable_regex
-from .structured_schema import unenforced
+from .structured_schema import for_xgrammar, unenforced
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +60,11 @@ class XGrammar:
             return kind, portable_regex(text, "xgrammar")
         if kind == "choice":
             return "grammar", "root ::= " + " | ".join(map(_literal, json.loads(text)))
-        if kind == "json_schema" and (reason := unenforced(json.loads(text))):
-            raise UserError(f"xgrammar does not enforce {reason}")
+        if kind == "json_schema":
+            schema = json.loads(text)
+            if reason := unenforced(schema):
+                raise UserError(f"it does not enforce {reason}")
+            text = json.dumps(for_xgrammar(schema))
         return kind, text
 
     def compile(self, kind: str, text: str) -> str:
