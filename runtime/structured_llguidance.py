@@ -7,7 +7,7 @@ here: they are allowed where the library would allow its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import llguidance
@@ -15,6 +15,7 @@ import llguidance
 from .bitmask import set_bits
 from .errors import UserError
 from .structured_regex import portable_regex
+from .structured_rehearsal import rehearse
 from .structured_schema import nested_id
 
 if TYPE_CHECKING:
@@ -54,7 +55,14 @@ class LLGuidance:
     def compile(self, kind: str, text: str) -> str:
         """The grammar in llguidance's own form, known to compile within its limits."""
         grammar = _grammar(kind, text)
-        self._start(grammar)
+        first = self._start(grammar)
+
+        def start() -> tuple[Callable[[], bytes], Callable[[int], bool]]:
+            matcher = first.deep_copy()
+            return matcher.compute_bitmask, matcher.consume_token
+
+        # The library allows its own end token, the first.
+        rehearse(start, self._ends[:1])
         return grammar
 
     def load(self, compiled: str) -> LLGuidanceCompiled:

@@ -7,13 +7,14 @@ Imported when a request asks; importing xgrammar imports transformers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import xgrammar
 
 from .errors import UserError
 from .structured_regex import portable_regex
+from .structured_rehearsal import rehearse
 from .structured_schema import for_xgrammar, unenforced
 
 if TYPE_CHECKING:
@@ -77,11 +78,18 @@ class XGrammar:
             compiled = self._compiler.compile_regex(text)
         else:
             compiled = self._compiler.compile_grammar(text)
-        matcher = XGrammarMatcher(compiled, self._info)
         mask = xgrammar.allocate_token_bitmask(1, self._info.vocab_size)
-        matcher.fill(mask[0])  # a first mask can be what takes long
-        if not mask.any():
-            raise UserError("nothing matches it")
+
+        def start() -> tuple[Callable[[], bytes], Callable[[int], bool]]:
+            matcher = XGrammarMatcher(compiled, self._info)
+
+            def fill() -> bytes:
+                matcher.fill(mask[0])
+                return mask.numpy().tobytes()
+
+            return fill, lambda token: matcher.accept([token])
+
+        rehearse(start, self._info.stop_token_ids)
         return str(compiled.serialize_json())
 
     def load(self, compiled: str) -> XGrammarCompiled:
