@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 # Spaces between the parts of a JSON text: without a limit, a model may never stop writing them.
-_JSON = {"whitespace_pattern": r"[ \n\r\t]{1,16}"}
+_JSON: Any = {"whitespace_pattern": r"[ \n\r\t]{1,16}"}
 
 
 class LLGuidance:
