@@ -29,7 +29,8 @@ def probabilities(scores: torch.Tensor, params: Sequence[SamplingParams]) -> tor
     if any(p.min_p for p in params):
         floor = scores.new_tensor([p.min_p for p in params])[:, None]
         probs = probs.masked_fill(probs < floor * probs.amax(-1, keepdim=True), 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)
+        # Rows without the filter are divided by 1: not even their rounding may change.
+        probs = probs / probs.sum(-1, keepdim=True).where(floor > 0, torch.ones_like(floor))
     if any(p.typical_p < 1 for p in params):
         probs = _typical(probs, [p.typical_p for p in params])
     return probs

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from .bitmask import set_bits
 from .filters import NO_VALUE
 
 if TYPE_CHECKING:
@@ -117,10 +118,7 @@ def _fill(jobs: list[tuple[Row, torch.Tensor]]) -> None:
 def _hold_ends(mask: torch.Tensor, ends: Sequence[int]) -> None:
     """Take end tokens out, unless the grammar has nothing left but its end."""
     held = mask.clone()
-    bits = held.numpy().view("uint32")
-    for token in ends:
-        if token // 32 < len(bits):
-            bits[token // 32] &= 0xFFFFFFFF ^ (1 << (token % 32))
+    set_bits(held, ends, False)
     if held.any():
         mask.copy_(held)
 

@@ -116,8 +116,8 @@ class SamplerState:
     def accept(self, tokens: Sequence[int]) -> None:
         """These tokens were taken: random numbers and grammar move on, in this order.
 
-        Penalties follow the history by themselves. Raises `SmeltError` if the grammar refuses a
-        token, which cannot happen to a sampled one.
+        Penalties follow the history by themselves. Raises `SmeltError`, which ends this request
+        alone, if the grammar refuses a token (not one that was sampled) or exceeds its limits.
         """
         if not self.greedy:
             self.advance(len(tokens))

@@ -79,6 +79,11 @@ class Tokenizer:
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
 
+    def to_json(self) -> str:
+        """The whole tokenizer as text, with the special tokens that its configuration adds."""
+        text: str = self._backend.to_str()
+        return text
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 

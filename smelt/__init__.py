@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .runtime.errors import SmeltError, UserError
     from .runtime.llm import LLM, Output
     from .runtime.sampling_params import SamplingParams
+    from .runtime.structured import Structured
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _PUBLIC = {
     "Pass": ("passes.base", "Pass"),
     "SamplingParams": ("runtime.sampling_params", "SamplingParams"),
     "SmeltError": ("runtime.errors", "SmeltError"),
+    "Structured": ("runtime.structured", "Structured"),
     "UserError": ("runtime.errors", "UserError"),
     "compile": ("compiler.api", "compile_model"),
     "export": ("compiler.export", "export"),
@@ -47,6 +49,7 @@ __all__ = [
     "Pass",
     "SamplingParams",
     "SmeltError",
+    "Structured",
     "UserError",
     "__version__",
     "compile",

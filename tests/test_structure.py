@@ -164,7 +164,15 @@ def modules_after(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
-HEAVY = ("transformers", "torch._inductor", "torch._dynamo", "smelt.compiler", "smelt.passes")
+HEAVY = (
+    "transformers",
+    "xgrammar",
+    "llguidance",
+    "torch._inductor",
+    "torch._dynamo",
+    "smelt.compiler",
+    "smelt.passes",
+)
 
 
 def test_the_runtime_imports_nothing_of_the_compiler() -> None:
