@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -33,6 +34,9 @@ from .sequence import Sequence as Sample
 from .speculation.drafter import Drafter
 from .speculation.speculator import Speculator
 from .speculation.verify import Taken, slots_to_move
+
+if TYPE_CHECKING:
+    from .structured_compiler import CompiledGrammar
 
 # Tokens and rows of every step in deterministic mode: whole tiles of every matrix kernel.
 DETERMINISTIC_TOKENS = 32
@@ -132,6 +136,7 @@ class Engine:
         self._alive: dict[int, list[Sample]] = {}
         self._forks: dict[Sample, list[Sample]] = {}
         self._ended: list[StepOutput] = []
+        self._compiling: dict[int, Future[CompiledGrammar]] = {}
 
     @property
     def has_work(self) -> bool:
@@ -184,10 +189,35 @@ class Engine:
                 sample.deadline = self.scheduler.clock() + timeout_s
         if len(samples) > 1:
             self._forks[lead] = samples[1:]
+        structured = lead.params.structured
+        if structured is None:
+            self._start(samples)
+        else:
+            self._compiling[lead.id] = self.requests.compile(structured)
         self._alive[lead.id] = samples
-        self.scheduler.add(lead)
         self._metrics.requests += 1
         return lead.id
+
+    def _start(self, samples: list[Sample], grammar: CompiledGrammar | None = None) -> None:
+        self.requests.start(samples, grammar)
+        self.scheduler.add(samples[0])
+
+    def _start_compiled(self) -> None:
+        """Queue the requests whose grammar is there; wait for one only if nothing else is to do."""
+        if not self._ended and not self.scheduler.has_work:
+            wait(self._compiling.values(), timeout=0.1, return_when=FIRST_COMPLETED)
+        for number, future in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[number]
+            samples = self._alive.get(number)
+            if samples is None:
+                continue  # aborted meanwhile
+            try:
+                self._start(samples, future.result())
+            except Exception as error:
+                for sample in list(samples):
+                    self._end(sample, "error", error)
 
     def abort(self, request_id: int) -> None:
         """End a request now; its last outputs (finish reason "abort") come with the next step."""
@@ -199,6 +229,8 @@ class Engine:
         for sample in self.scheduler.expired():
             for each in [sample, *self._forks.get(sample, ())]:
                 self._end(each, "timeout")
+        if self._compiling:
+            self._start_compiled()
         if self.speculator is not None:
             self.speculator.draft(self.scheduler.running)
         chunks = self.scheduler.plan()
@@ -375,6 +407,15 @@ class Engine:
         if sample.finish_reason is None:
             output = StepOutput(sample.id, [], "")
             self._ended.append(self._finished(sample, output, reason, error))
+
+    def close(self) -> None:
+        """End all requests without a report, and give caches and helpers back."""
+        for number in list(self._alive):
+            self.abort(number)
+        self._ended.clear()
+        self._compiling.clear()
+        self.requests.close()
+        self.caches.clear()
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` if a cache block is lost or counted wrongly (tests, soak)."""

@@ -18,6 +18,7 @@ from .engine import Engine, EngineOptions
 from .errors import UserError
 from .outputs import Collector, Output, Stream
 from .sampling_params import SamplingParams
+from .sequence import StepOutput
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -75,11 +76,10 @@ class LLM:
         """
         many = _prompt_list(prompts)
         each = _params_list(params, len(many))
-        encoded = [self._encode(prompt) for prompt in many]
         requests: list[Collector] = []
         try:
-            for tokens, wanted in zip(encoded, each, strict=True):
-                requests.append(self._add(tokens, wanted))
+            for prompt, wanted in zip(many, each, strict=True):
+                requests.append(self._add_or_fail(prompt, wanted))
             while not all(request.done for request in requests):
                 self._pump()
         finally:
@@ -146,10 +146,8 @@ class LLM:
 
     def close(self) -> None:
         """Release caches and program; the object cannot be used after it."""
-        for request in self._requests.values():
-            self.engine.abort(request.id)
         self._requests.clear()
-        self.engine.caches.clear()
+        self.engine.close()
         self.artifact = None
 
     def __enter__(self) -> LLM:
@@ -172,6 +170,15 @@ class LLM:
         if not tokens:
             raise UserError("the prompt is empty, and this model has no BOS token to begin with")
         return tokens
+
+    def _add_or_fail(self, prompt: Prompt, params: SamplingParams) -> Collector:
+        """A prompt that cannot run fails alone, as one that fails while it runs."""
+        try:
+            return self._add(self._encode(prompt), params)
+        except UserError as error:
+            failed = Collector(0 if isinstance(prompt, str) else len(prompt))
+            failed.take(StepOutput(-1, [], "", "error", error))
+            return failed
 
     def _add(self, tokens: list[int], params: SamplingParams) -> Collector:
         if self.artifact is None:

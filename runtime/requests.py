@@ -11,11 +11,14 @@ from .processors import encode_bad_words
 from .sampler import SamplerState
 from .sampling_params import SamplingParams
 from .sequence import Sequence
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from .engine import Engine
-    from .masks import Matcher
     from .structured import Structured
+    from .structured_compiler import CompiledGrammar, GrammarCompiler
 
 
 class RequestFactory:
@@ -24,6 +27,7 @@ class RequestFactory:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._next_id = 0
+        self._compiler: GrammarCompiler | None = None
 
     def make(
         self, token_ids: Items[int], params: SamplingParams, detokenize: bool
@@ -41,17 +45,11 @@ class RequestFactory:
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= engine.eos_token_ids
-        bad_words = encode_bad_words(
-            params.bad_words, engine.tokenizer, engine.program.vocab_size
-        )
+        self._bad_words(params)
         count = max(params.n, params.best_of or 1)
         made = []
         for index in range(count):
-            matcher = self._matcher(params.structured) if params.structured else None
             sequence = Sequence(self._next_id, list(prompt), params, limit, ends, index)
-            sequence.sampler = SamplerState(
-                params, len(prompt), ends, bad_words=bad_words, matcher=matcher, index=index
-            )
             if engine.tokenizer is not None and (detokenize or params.stop):
                 sequence.text = TextStream(engine.tokenizer, params.stop)
             sequence.logprobs = params.logprobs is not None or count > params.n
@@ -62,8 +60,38 @@ class RequestFactory:
         self._next_id += 1
         return made
 
-    def _matcher(self, structured: Structured) -> Matcher:
-        raise NotImplementedError
+    def compile(self, structured: Structured) -> Future[CompiledGrammar]:
+        """The grammar of a request, worked out in another process while the engine goes on."""
+        engine = self._engine
+        if not isinstance(engine.tokenizer, Tokenizer):
+            raise UserError("structured output needs the model's tokenizer")
+        if self._compiler is None:
+            from .structured_compiler import GrammarCompiler
+
+            size, ends = engine.program.vocab_size, engine.eos_token_ids
+            self._compiler = GrammarCompiler(engine.tokenizer, size, ends)
+        return self._compiler.submit(structured)
+
+    def start(self, samples: Items[Sequence], grammar: CompiledGrammar | None = None) -> None:
+        """Give sequences what chooses their tokens; each its own matcher of `grammar`."""
+        for sequence in samples:
+            sequence.sampler = SamplerState(
+                sequence.params,
+                sequence.prompt_length,
+                sequence.end_tokens,
+                bad_words=self._bad_words(sequence.params),
+                matcher=grammar.matcher() if grammar else None,
+                index=sequence.index,
+            )
+
+    def close(self) -> None:
+        """End the processes that compile grammars."""
+        if self._compiler is not None:
+            self._compiler.close()
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        engine = self._engine
+        return encode_bad_words(params.bad_words, engine.tokenizer, engine.program.vocab_size)
 
     def _check_prompt(self, prompt: list[int]) -> None:
         engine = self._engine

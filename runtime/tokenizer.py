@@ -52,6 +52,11 @@ class Tokenizer:
         """Number of tokens, the added ones included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's text, as the vocabulary writes it, and its id."""
+        tokens: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return tokens
+
     @property
     def bos_token_id(self) -> int | None:
         return self._token_id("bos_token")

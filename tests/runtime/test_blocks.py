@@ -45,11 +45,31 @@ def test_window_frees_what_no_query_sees() -> None:
     assert table.first == 1
     table.slide(20)  # sees 15 to 20
     assert table.first == 3
-    assert table.resumable(20)
-    assert table.resumable(17)
-    assert not table.resumable(16)  # would see position 11
-    table.truncate(17)
-    assert len(table.blocks) == 5
+    assert len(table.held()) == 2
+
+
+def test_a_shared_block_is_copied_before_it_is_written() -> None:
+    memory = PagedMemory(8, 4, [0])
+    tables = memory.new_tables()
+    assert memory.grow(tables, 0, 6) == []
+    forked = [table.fork() for table in tables]
+    assert forked[0].blocks == tables[0].blocks
+    assert memory.pools[0].free == 6
+    copies = memory.grow(forked, 6, 7)
+    assert copies == [(0, tables[0].blocks[1], forked[0].blocks[1])]
+    assert forked[0].blocks[0] == tables[0].blocks[0]
+    assert memory.grow(tables, 6, 7) == []  # alone again
+    memory.check_integrity([tables, forked])
+
+
+def test_adopted_blocks_are_those_a_window_still_sees() -> None:
+    pool = BlockPool(10)
+    owner = BlockTable(pool, 4)
+    owner.grow(20)
+    table = BlockTable(pool, 4, window=6)
+    table.adopt(owner.blocks, 18)  # sees 13 to 18
+    assert table.first == 3
+    assert [pool.references(b) for b in owner.blocks] == [1, 1, 1, 2, 2]
 
 
 class Tables(RuleBasedStateMachine):
@@ -69,23 +89,20 @@ class Tables(RuleBasedStateMachine):
     @rule(data=st.data(), more=st.integers(1, 9))
     def advance(self, data: st.DataObject, more: int) -> None:
         tables, computed = data.draw(st.sampled_from(self.sequences))
-        room = self.memory.room(tables)
+        room = self.memory.room(tables, computed[0])
         target = computed[0] + more
-        assert self.memory.grow(tables, target) == (target <= room)
+        copies = self.memory.grow(tables, computed[0], target)
+        assert (copies is not None) == (target <= room)
         if target <= room:
             computed[0] = target
             for table in tables:
                 table.slide(target)
 
-    @precondition(lambda self: self.sequences)
+    @precondition(lambda self: 0 < len(self.sequences) < 5)
     @rule(data=st.data())
-    def truncate(self, data: st.DataObject) -> None:
+    def fork(self, data: st.DataObject) -> None:
         tables, computed = data.draw(st.sampled_from(self.sequences))
-        target = data.draw(st.integers(0, computed[0]))
-        if all(table.resumable(target) for table in tables):
-            for table in tables:
-                table.truncate(target)
-            computed[0] = target
+        self.sequences.append(([table.fork() for table in tables], list(computed)))
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())

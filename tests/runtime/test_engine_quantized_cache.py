@@ -1,4 +1,4 @@
-"""The engine over a quantized cache: sessions, chunks and preemption give the oracle's tokens."""
+"""The engine over a quantized cache: prefixes, chunks and preemption give the oracle's tokens."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ FORMATS = tuple(QUANTIZED)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_session_prefills_only_new_tokens(name: str) -> None:
+def test_a_chat_prefills_only_new_tokens(name: str) -> None:
     step = FakeStep(windows=(0,), max_tokens=64, format=name)
     engine = Engine(step, blocks=64)
-    session = engine.open_session()
     history = list(range(20))
     for turn in range(3):
         expected = step.greedy(history, 6)
-        request = engine.add_request(history, SamplingParams(max_tokens=6), session=session)
+        request = engine.add_request(history, SamplingParams(max_tokens=6))
         assert run(engine)[request] == (expected, "length")
         history = [*history, *expected, 50 + turn, 60, 70]
     # What a turn leaves in the cache, all but its last sampled token, is not computed again.

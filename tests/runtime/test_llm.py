@@ -70,12 +70,17 @@ def test_prompt_forms(make: MAKE) -> None:
         llm.generate(["a", "b"], [params])
 
 
-def test_an_error_of_one_prompt_leaves_no_request_behind(make: MAKE) -> None:
+def test_an_error_of_one_prompt_is_its_own(make: MAKE) -> None:
     llm = make(max_position=16)
+    params = SamplingParams(max_tokens=2)
+    long, fine = llm.generate(["x" * 40, "fine"], params)
+    assert long.error is not None and "41 tokens" in long.error and "16" in long.error
+    assert long.finish_reason == "error" and not long.token_ids
+    assert fine.error is None and len(fine.token_ids) == 2
     with pytest.raises(smelt.UserError, match=r"41 tokens.*16"):
-        llm.generate(["fine", "x" * 40])
-    llm.generate("fine", SamplingParams(max_tokens=2))
+        llm.generate(["x" * 40])
     assert not llm.engine.has_work
+    llm.engine.scheduler.cache.clear()
     assert llm.engine.memory.free == llm.engine.metrics.blocks
 
 
