@@ -84,7 +84,7 @@ class GrammarCompiler:
         """The same without waiting. A second request for a description gets the same future."""
         with self._lock:
             future = self._kept.get(spec)
-            if future is None:
+            if future is None or _broke(future):
                 future = self._kept[spec] = self._threads.submit(self._compile, spec)
                 while len(self._kept) > self._cached:
                     self._kept.popitem(last=False)
@@ -171,13 +171,16 @@ class _Worker:
             env={**os.environ, **paths},
         )
         try:
-            self.ask(setup)
-        except EOFError as error:
+            problem = self.ask(setup).get("error")
+        except EOFError:
+            self._process.wait()
+            problem = f"exit code {self._process.returncode}"
+        if problem is not None:
             self.end()
             raise SmeltError(
-                f"the process that compiles grammars did not start (exit code "
-                f"{self._process.returncode}): see its messages above"
-            ) from error
+                f"the process that compiles grammars did not start ({_one_line(problem)}): "
+                "run `smelt doctor`, or leave `structured` out"
+            )
 
     @property
     def alive(self) -> bool:
@@ -202,6 +205,12 @@ class _Worker:
         self._process.kill()
         # Closes the pipes, and waits, so that no process is left behind.
         self._process.communicate()
+
+
+def _broke(future: Future[CompiledGrammar]) -> bool:
+    """Whether it failed for another reason than its description, and may be tried again."""
+    error = future.exception() if future.done() and not future.cancelled() else None
+    return error is not None and not isinstance(error, UserError)
 
 
 def _end_all(idle: dict[str, list[_Worker]]) -> None:

@@ -32,8 +32,11 @@ def _backend(setup: dict[str, Any]) -> Any:
 
 
 def _limit_memory() -> None:
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux: time is limited, memory is not
+        return
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
 
 
@@ -54,6 +57,11 @@ def _answer(backend: Any, job: dict[str, str], log: BinaryIO) -> dict[str, str]:
     return {"compiled": compiled}
 
 
+def _write(answers: BinaryIO, answer: dict[str, str]) -> None:
+    answers.write(json.dumps(answer).encode() + b"\n")
+    answers.flush()
+
+
 def main() -> None:
     """Read a setup, then jobs {"kind", "text", "seconds"}; write {"compiled"} or {"error"}."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -63,17 +71,19 @@ def main() -> None:
     with tempfile.TemporaryFile() as log, open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        backend = _backend(json.loads(jobs.readline()))
+        setup = json.loads(jobs.readline())
+        try:
+            backend = _backend(setup)
+        except Exception as error:
+            _write(answers, {"error": f"{type(error).__name__}: {error}"})
+            return
         _limit_memory()
-        answers.write(b"{}\n")
-        answers.flush()
+        _write(answers, {})
         signal.setitimer(signal.ITIMER_REAL, IDLE_SECONDS)
         while line := jobs.readline():
             job = json.loads(line)
             signal.setitimer(signal.ITIMER_REAL, job["seconds"])
-            answer = _answer(backend, job, log)
-            answers.write(json.dumps(answer).encode() + b"\n")
-            answers.flush()
+            _write(answers, _answer(backend, job, log))
             signal.setitimer(signal.ITIMER_REAL, IDLE_SECONDS)
 
 

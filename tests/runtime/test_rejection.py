@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from smelt.runtime.filters import draw
 from smelt.runtime.rejection import accept_chain, residual
+from smelt.runtime.sampler import ACCEPT, DRAFT, DRAW, Row, SamplerState, distributions
+from smelt.runtime.sampling_params import SamplingParams
 
 RUNS = 6000
 LIMIT = 1e-4  # below this the difference is not chance; the seeds are fixed, so no test is flaky
@@ -61,6 +63,23 @@ def first_tokens(p: list[float], q: list[float], rest: Callable[..., torch.Tenso
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_first_token_follows_the_target(name: str) -> None:
     assert chance(first_tokens(P, PAIRS[name], residual), P, RUNS) > LIMIT
+
+
+def test_a_request_s_own_numbers_and_filters_follow_the_target() -> None:
+    """The engine's way: three streams of one seed, and distributions after the filters."""
+    make = torch.Generator().manual_seed(5)
+    logits, other = torch.randn(2, 12, generator=make, dtype=torch.float64) * 2
+    target = SamplingParams(temperature=0.8, top_k=7)
+    p = distributions(logits[None].float(), [Row(SamplerState(target), [])])
+    q = distributions(other[None].float(), [Row(SamplerState(SamplingParams(temperature=1.5)), [])])
+    counts: Counter[int] = Counter()
+    for seed in range(RUNS):
+        state = SamplerState(SamplingParams(temperature=0.8, top_k=7, seed=seed))
+        token = draw(q, [state.peek(0, DRAFT)])[0]
+        uniforms = [(state.peek(i, ACCEPT), state.peek(i, DRAW)) for i in range(2)]
+        accepted, following = accept_chain(p.expand(2, -1), q, [token], uniforms)
+        counts[token if accepted else following] += 1
+    assert chance(counts, p[0].tolist(), RUNS) > LIMIT
 
 
 def test_disjoint_supports_always_reject_and_follow_the_target() -> None:
