@@ -38,6 +38,16 @@ def kept_scheme(
     return Scheme("int8", 0, mode), None
 
 
+def kept_expert_scheme(
+    form: Mapping[str, Any], *, zeros: bool = False
+) -> tuple[Scheme | None, str | None]:
+    """`kept_scheme` of an expert's linear. The operator of experts leaves inputs as they are."""
+    scheme, reason = kept_scheme({**form, "inputs": None}, zeros=zeros)
+    if scheme is None:
+        return None, reason
+    return scheme, _left(form, "the operator of experts rounds none")
+
+
 def _float8(form: Mapping[str, Any]) -> tuple[Scheme | None, str | None]:
     group, rows = form["group"], form["rows"]
     if group and group != rows:
@@ -66,7 +76,7 @@ def _mode(form: Mapping[str, Any], kind: str, per: str) -> str | None:
     return "static" if inputs["per"] == "tensor" else None
 
 
-def _left(form: Mapping[str, Any]) -> str | None:
+def _left(form: Mapping[str, Any], why: str = "no operator rounds them so") -> str | None:
     """The remark about inputs that a checkpoint rounds and the operator does not."""
     inputs = form["inputs"]
     if inputs is None:
@@ -75,4 +85,4 @@ def _left(form: Mapping[str, Any]) -> str | None:
     size = f" of {inputs['group']}" if inputs["group"] else ""
     zeros = "" if inputs["symmetric"] else ", with zero points"
     words = f"{inputs['kind']}{inputs['bits']}, {how} per {inputs['per']}{size}{zeros}"
-    return f"its activations ({words}) stay as they are: no operator rounds them so"
+    return f"its activations ({words}) stay as they are: {why}"
