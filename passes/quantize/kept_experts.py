@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import gcd
 from typing import Any
 
 import torch
@@ -20,10 +19,9 @@ import torch
 from smelt.passes.program import Program
 from smelt.passes.rewrite import aten, shape
 from smelt.passes.weights import Step, TensorSource, WeightPlan, operation
-from smelt.runtime.ops.experts_quantized import BLOCK_ROWS
 
 from .experts import MATRICES, SEVERAL_PLACES, Experts, fields, find_experts, replace_experts
-from .kept import kept_expert_scheme
+from .kept import NEXT_EXPERT, expert_block, kept_expert_scheme, unfit_groups
 from .spec import QuantSpec, Scheme
 from .stored import DEQUANTIZE
 from .stored_values import canonical, has_zeros, in_order, largest_change
@@ -134,9 +132,10 @@ def _scheme(
         sizes = {matrix: size for matrix, (size, _) in groups.items()}
         if len(set(sizes.values())) > 1:
             return None, 0, f"gate_up has blocks of {sizes['gate_up']}, and down of {sizes['down']}"
-        block = _block(plan, kept, scheme.group_size)
+        rows = (plan.specs[part.outputs[0]].shape[0] for part in kept.parts)
+        block = expert_block(scheme.group_size, rows)
         if block is None:
-            return None, 0, f"a block of {scheme.group_size} scales reaches into the next expert"
+            return None, 0, NEXT_EXPERT.format(scheme.group_size)
         return Scheme("fp8", block), block, remark
     return replace(scheme, group_size=groups["gate_up"][0]), 0, remark
 
@@ -154,9 +153,7 @@ def _unfit(part: Step, scheme: Scheme, group: int, k: int) -> str | None:
         return None
     if part.args["form"]["order"] == "uneven":
         return "its groups have different sizes"
-    if group != k and group % BLOCK_ROWS:
-        return f"kernels read features {BLOCK_ROWS} at a time, and its groups have {group}"
-    return None
+    return unfit_groups(group, k)
 
 
 def _order(kept: KeptExperts) -> str | None:
@@ -177,16 +174,6 @@ def _sorted(part: Step) -> str | None:
     """The order of features that a linear's groups ask of its input; None where it is theirs."""
     order = part.args["form"]["order"]
     return None if order == "groups" else order
-
-
-def _block(plan: WeightPlan, kept: KeptExperts, block: int) -> int | None:
-    """The largest square of weights whose scales the operator can hold: a linear's rows must end
-    with a block. None where that is too small for its kernel. 0 for scales of rows."""
-    if not block:
-        return 0
-    for part in kept.parts:
-        block = gcd(block, plan.specs[part.outputs[0]].shape[0])
-    return block if block % BLOCK_ROWS == 0 else None
 
 
 def keep_experts(program: Program, kept: KeptExperts) -> None:

@@ -34,7 +34,7 @@ class PrequantizedOptions:
 
 
 class KeepQuantized(Pass):
-    """Linears whose weight the checkpoint holds quantized take those integers.
+    """Linears and experts whose weights the checkpoint holds quantized take those integers.
 
     Before, with the weight made by a dequantize_stored step of the plan (or joined from several)::
 
@@ -53,17 +53,23 @@ class KeepQuantized(Pass):
         y = smelt::linear_w8a8(x, qweight, scales, input_scale, bias)
         y = smelt::linear_fp8(x, qweight, scales, input_scale, bias, "dynamic", 128)
 
+    and layers of experts, whose weights are stacked from such steps, one below the other::
+
+        z = smelt::experts(y, index, share, gate_up, down, "silu")
+        z = smelt::experts_quantized(y, index, share, qweight, scales, zeros, ..., "int4", E, 0)
+
     Legal when an operator exists for the form (`kept.py`): 4 bits with groups of whole features, 8
     bits without zero points, float8 with a scale a tensor, row or square block. Values and zero
     points are kept bit for bit. Scales are exact for weights times rounded inputs and for float8;
     elsewhere a scale that bfloat16 cannot hold is rounded, and the verdict says by how much at
     most. Inputs that the operator cannot round as the checkpoint does are left alone, which the
     verdict says. Every other form stays the dequantized 16-bit weight it is, and its verdict says
-    why. Pays because a decode step reads every weight once.
+    why. A layer of experts is kept as a whole, without the rounding of inputs, when all its linears
+    are in one format (`kept_experts.py`). Pays because a decode step reads every weight once.
     """
 
     name = "keep-quantized"
-    summary = "linears of a quantized checkpoint keep its integers, scales and zero points"
+    summary = "linears and experts of a quantized checkpoint keep its integers, scales and zeros"
     requires = Dialect.SEMANTIC
     produces = Dialect.QUANTIZED
     numerics = Lossy()
