@@ -178,7 +178,11 @@ class Weights:
         if zeros is not None:
             q = unpack(q, scheme.bits, parts[0].shape[-1])
         if scheme.block:
-            scales = row_scales(scales, q.shape[0], q.shape[1], scheme.block)
+            # Every expert begins with a block of its own, even where the last one was not full.
+            count = parts[0].shape[0] if parts[0].experts else 1
+            n, k = q.shape[0] // count, q.shape[1]
+            each = [row_scales(own, n, k, scheme.block) for own in scales.chunk(count)]
+            scales = torch.cat(each)
         order = next((self._orders[p.name] for p in parts if p.name in self._orders), None)
         columns = None if order is None else self._source.tensor(order)
         scales = scales.reshape(q.shape[0], -1)
