@@ -104,9 +104,10 @@ def origins(program: Program, parameters: set[str]) -> dict[str, Origin]:
             if scale is not None:
                 known[scale] = Origin("input_scale", known[name].parts)
     for node in program.calls(smelt.experts_quantized.default):
+        block: Any = node.args[12]
         for name in map(program.weight_name, (node.args[3], node.args[6])):
             if name in known:
-                known[name] = Origin("qweight", known[name].parts, block=int(node.args[12]))
+                known[name] = Origin("qweight", known[name].parts, block=block)
     return known
 
 

@@ -24,7 +24,7 @@ from .experts import MATRICES, SEVERAL_PLACES, Experts, fields, find_experts, re
 from .kept import NEXT_EXPERT, expert_block, kept_expert_scheme, unfit_groups
 from .spec import QuantSpec, Scheme
 from .stored import DEQUANTIZE
-from .stored_values import canonical, has_zeros, in_order, largest_change
+from .stored_values import canonical, have_zeros, in_order, largest_change
 from .verdict import Verdict
 
 
@@ -64,7 +64,8 @@ def _decide(program: Program, experts: Experts, source: TensorSource | None) -> 
         return KeptExperts(replace(experts, reason="the checkpoint holds them at 16 bit"))
     if experts.reason == SEVERAL_PLACES:
         return left(experts.reason)
-    rows = [_rows_of(plan, name, experts.count) for name in experts.weights]
+    sizes = zip(experts.weights, (2, 1), strict=True)
+    rows = [_rows_of(plan, name, experts.count, linears) for name, linears in sizes]
     if any(matrix is None for matrix in rows):
         return left("its experts' weights are put together in a way that is not known")
     made = plan.producers()
@@ -81,9 +82,9 @@ def _decide(program: Program, experts: Experts, source: TensorSource | None) -> 
     return replace(kept, experts=named, block=block, remark=remark)
 
 
-def _rows_of(plan: WeightPlan, name: str, count: int) -> list[list[str]] | None:
-    """Of each expert the planned weights that its rows of `name` are joined from; None if that
-    cannot be read from the plan."""
+def _rows_of(plan: WeightPlan, name: str, count: int, linears: int) -> list[list[str]] | None:
+    """Of each of `count` experts the planned weights, as many as `linears`, that its rows of `name`
+    are joined from; None if that cannot be read from the plan."""
     made = plan.producers()
     step = made[name]
     if step.op == "cast":
@@ -91,6 +92,8 @@ def _rows_of(plan: WeightPlan, name: str, count: int) -> list[list[str]] | None:
     stacks = [step]
     if step.op == "cat" and step.args["dim"] == 1:
         stacks = [made[part] for part in step.inputs]
+    if len(stacks) != linears:
+        return None
     for stack in stacks:
         if stack.op != "stack" or stack.args["dim"] != 0 or len(stack.inputs) != count:
             return None
@@ -104,11 +107,11 @@ def _scheme(
     they are dequantized)."""
     first, remark = None, None
     groups: dict[str, tuple[int, str]] = {}
+    zeros = have_zeros(plan, kept.parts, source)
     for matrix, part in _named(kept):
         form, layer = part.args["form"], part.args["layer"]
         k = plan.specs[part.outputs[0]].shape[1]
-        zeros = has_zeros(plan, [part], source)
-        scheme, remark = kept_expert_scheme(form, zeros=zeros)
+        scheme, remark = kept_expert_scheme(form, zeros=layer in zeros)
         if scheme is None:
             return None, 0, f"{layer}: {remark}"
         if first is None:

@@ -19,7 +19,7 @@ from .kept_experts import decide_experts, experts_verdict, keep_experts
 from .linears import Linear, find_linears, layer_name, replace_linear
 from .spec import QuantSpec, Scheme
 from .stored import stored_form, stored_parts
-from .stored_values import canonical, has_zeros, in_order, largest_change
+from .stored_values import canonical, have_zeros, in_order, largest_change
 from .verdict import Verdict, leave_experts, left_alone, parameters, summary
 
 FIELDS = ("qweight", "scales", "zeros")
@@ -131,7 +131,8 @@ def _scheme(
         return None, "its weight is read in several places"
     if len({stored_form(program.weights, part.outputs[0]) for part in parts}) > 1:
         return None, "its parts are stored in different quantized forms, or in uneven blocks"
-    scheme, remark = kept_scheme(form, zeros=has_zeros(program.weights, parts, source), k=linear.k)
+    zeros = bool(have_zeros(program.weights, parts, source))
+    scheme, remark = kept_scheme(form, zeros=zeros, k=linear.k)
     if scheme is None or scheme.format == "fp8":
         return scheme, remark
     if any(part.args["form"]["order"] == "uneven" for part in parts):

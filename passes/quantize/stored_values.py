@@ -20,14 +20,15 @@ def stored_input(part: Step, kind: str) -> str | None:
     return dict(zip(part.args["kinds"], part.inputs[2:], strict=True)).get(kind)
 
 
-def has_zeros(plan: WeightPlan, parts: Sequence[Step], source: TensorSource | None) -> bool:
-    """Whether 8-bit weights have zero points other than 0. source: None counts all as such."""
-    if parts[0].args["form"]["bits"] != 8:
-        return False
-    names = [name for part in parts if (name := stored_input(part, "zeros")) is not None]
-    if not names or source is None:
-        return bool(names)
-    return any(bool(value.any()) for _, value in plan.materialize(names, source))
+def have_zeros(plan: WeightPlan, parts: Sequence[Step], source: TensorSource | None) -> set[str]:
+    """The layers among `parts` with 8 bits that have zero points other than 0. source: None counts
+    all that the checkpoint holds as such."""
+    eights = [part for part in parts if part.args["form"]["bits"] == 8]
+    layers = {stored_input(part, "zeros"): str(part.args["layer"]) for part in eights}
+    held = {name: layer for name, layer in layers.items() if name is not None}
+    if not held or source is None:
+        return set(held.values())
+    return {held[name] for name, value in plan.materialize(held, source) if bool(value.any())}
 
 
 def in_order(plan: WeightPlan, part: Step) -> tuple[str, str, str | None, str | None]:
