@@ -19,7 +19,7 @@ FORMATS = [("int4", 16), ("int4", 0), ("int3", 16), ("int2", 16), ("int8", 0), (
 FORMATS += [("fp8", 0), ("fp8", 32)]
 TOKENS = (0, 1, 2, 9, 90)
 # Rows of one expert from which on torch multiplies in bfloat16 (many_rows.h).
-MANY = {"dense": 64, "fp8": 32}
+MANY = {"dense": 64, "fp8": 96}
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
