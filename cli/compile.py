@@ -33,6 +33,9 @@ def command(
     kv_cache: Annotated[
         str, typer.Option("--kv-cache", help="auto (the model's dtype), fp8, int8 or int4.")
     ] = "auto",
+    features: Annotated[
+        str, typer.Option(help="none; for speculation heads final (Medusa) or eagle3.")
+    ] = "none",
     alpha: Annotated[
         OptionalFloat, typer.Option(help="smoothquant's exponent, 0 to 1; searched if left out.")
     ] = None,
@@ -92,6 +95,7 @@ def command(
             format=format,
             group_size=group_size,
             kv_cache=kv_cache,
+            features=features,
             alpha=alpha,
             activations=activations,
             bits=bits,

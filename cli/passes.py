@@ -21,24 +21,31 @@ def command(
     opt: Annotated[str, typer.Option(help="O0, O1 or O2.")] = "O2",
     quant: Annotated[str, typer.Option(help="none, rtn, awq, gptq, smoothquant or fp8.")] = "none",
     kv_cache: Annotated[str, typer.Option("--kv-cache", help="auto, fp8, int8 or int4.")] = "auto",
+    features: Annotated[str, typer.Option(help="none, final or eagle3.")] = "none",
 ) -> None:
     """The resolved pass pipeline, or one pass's page."""
     from smelt.compiler.manager import Stage
     from smelt.compiler.pipeline import PipelineConfig, pipeline
     from smelt.compiler.quantization import METHODS
+    from smelt.passes.attention.expose_features import ExposeFeatures
     from smelt.passes.attention.quantize_kv_cache import QuantizeKvCache
     from smelt.passes.quantize import KeepQuantized
+    from smelt.runtime.batch import FEATURES
 
     if quant != "none" and quant not in METHODS:
         raise UserError(f"--quant {quant}: expected one of none, {', '.join(METHODS)}")
     quantizers = {key: Stage(cls(), cls.Options()) for key, cls in METHODS.items()}
-    stages = pipeline(PipelineConfig(opt, quantizers.get(quant), kv_cache=kv_cache))
+    if features not in FEATURES:
+        raise UserError(f"--features {features}: expected one of {', '.join(FEATURES)}")
+    config = PipelineConfig(opt, quantizers.get(quant), kv_cache=kv_cache, features=features)
+    stages = pipeline(config)
     if name is None:
         _print_pipeline(stages)
         return
     every = [
         *(s.pass_ for s in [*stages, *quantizers.values()]),
         QuantizeKvCache(),
+        ExposeFeatures(),
         KeepQuantized(),
     ]
     known = {pass_.name: pass_ for pass_ in every}

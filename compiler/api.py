@@ -27,6 +27,7 @@ from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.manifest import Manifest
 
 from . import artifact, gate, lower, origins, portable
+from .features import step_features
 from .journal import Journals
 from .loading import Loaded, load
 from .manager import Controls, PassManager, Stage
@@ -182,7 +183,8 @@ def _stages(
     if settings.providers:
         options["choose-providers"] = {"overrides": tuple(settings.providers)}
     every = (*installed_passes(), *extra)
-    return pipeline(PipelineConfig(settings.opt, quantize, every, options, settings.kv_cache))
+    asked = (settings.kv_cache, settings.features)
+    return pipeline(PipelineConfig(settings.opt, quantize, every, options, *asked))
 
 
 def _check_step(program: Program) -> None:
@@ -228,6 +230,7 @@ def _manifest(
             "parameters": parameters,
             "source_bytes": source_bytes,
             "weight_plan": program.weights.digest(),
+            **step_features(program),
         },
         quant=quant_json(loaded.quantized.quantization)
         if loaded.quantized

@@ -8,6 +8,7 @@ from typing import Any
 
 from smelt.passes.base import Pass
 from smelt.passes.quantize.spec import QuantSpec
+from smelt.runtime.batch import FEATURES
 from smelt.runtime.errors import UserError
 from smelt.runtime.ops.cache_format import CACHE_FORMATS
 
@@ -30,6 +31,7 @@ class CompileOptions:
     format: str | None = None
     group_size: int | None = None
     kv_cache: str = "auto"
+    features: str = "none"
     alpha: float | None = None
     activations: str | None = None
     bits: float | None = None
@@ -62,6 +64,7 @@ class CompileOptions:
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, ("auto", *DTYPES))
         _one_of("--kv-cache", self.kv_cache, CACHE_FORMATS)
+        _one_of("--features", self.features, FEATURES)
         if self.kv_cache != "auto" and "insert-kv-cache" in self.skip:
             raise UserError(
                 f"--kv-cache {self.kv_cache} and --skip insert-kv-cache: without that pass there "

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from smelt.passes.attention.expose_features import ExposeFeatures
 from smelt.passes.attention.kv_cache import InsertKvCache
 from smelt.passes.attention.logits_rows import KeepLogitsRows
 from smelt.passes.attention.quantize_kv_cache import QuantizeKvCache
@@ -34,7 +35,8 @@ OPT_LEVELS = ("O0", "O1", "O2")
 class PipelineConfig:
     """What decides the list of passes. quantize: the quantization pass and its options, or None.
 
-    kv_cache: the cache's format, "auto" for the model's dtype.
+    kv_cache: the cache's format, "auto" for the model's dtype. features: the step's second output,
+    "none" for none.
     O0 is correct and fuses nothing; O1 canonicalises; O2 fuses too.
     """
 
@@ -43,6 +45,7 @@ class PipelineConfig:
     extra: tuple[Pass, ...] = ()
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     kv_cache: str = "auto"
+    features: str = "none"
 
 
 def pipeline(config: PipelineConfig) -> list[Stage]:
@@ -69,7 +72,11 @@ def pipeline(config: PipelineConfig) -> list[Stage]:
     stages += [stage(pass_) for pass_ in config.extra]
     if config.quantize is not None:
         stages.append(config.quantize)
-    stages += [stage(KeepLogitsRows()), stage(InsertKvCache())]
+    stages.append(stage(KeepLogitsRows()))
+    if config.features != "none":
+        exposed = ExposeFeatures()
+        stages.append(Stage(exposed, exposed.options({"kind": config.features})))
+    stages.append(stage(InsertKvCache()))
     if config.kv_cache != "auto":
         quantized = QuantizeKvCache()
         stages.append(Stage(quantized, quantized.options({"format": config.kv_cache})))

@@ -20,19 +20,30 @@ class Program:
     """The step program an engine drives.
 
     run(batch, caches) -> logits [R, V]; caches are mutated. spec, layout, vocab_size and device say
-    what it takes.
+    what it takes; features what it gives beside logits, None for nothing. weights: by name.
     """
 
-    def __init__(self, loaded: Manifest, step: Any) -> None:
+    def __init__(
+        self, loaded: Manifest, step: Any, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         self.spec: CacheSpec = loaded.cache
         self.layout: BatchLayout = loaded.layout
         self.vocab_size: int = loaded.model["vocab_size"]
         self.device = torch.device(loaded.target["device"])
+        self.features = loaded.features
+        self.weights: Mapping[str, torch.Tensor] = weights or {}
         self._step = step
 
     def run(self, batch: Batch, caches: list[torch.Tensor]) -> torch.Tensor:
         logits: torch.Tensor = self._step.run([*batch.tensors(), *caches])
         return logits
+
+    def run_with_features(
+        self, batch: Batch, caches: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, and features as `Features` says; only where `features` is not None."""
+        logits, features = self._step.outputs([*batch.tensors(), *caches])
+        return logits, features
 
 
 @dataclass
@@ -63,9 +74,8 @@ def open_artifact(folder: Path | str) -> LoadedArtifact:
         build.load(library if library.is_file() else None)
     weights = map_weights(folder, loaded.target["device"])
     constants = {name: weights[tensor] for name, tensor in loaded.constants.items()}
-    return LoadedArtifact(
-        folder, loaded, Program(loaded, _step(folder, loaded, constants)), weights
-    )
+    program = Program(loaded, _step(folder, loaded, constants), weights)
+    return LoadedArtifact(folder, loaded, program, weights)
 
 
 def check_target(loaded: Manifest) -> None:

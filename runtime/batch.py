@@ -118,6 +118,43 @@ class CacheSpec:
         )
 
 
+FEATURES = ("none", "final", "eagle3")
+
+
+@dataclass(frozen=True)
+class Features:
+    """The second output of a step, for trained speculation heads, in the dtype of the model.
+
+    kind: "final" is what enters the output layer, [R, width], the rows of the logits; "eagle3" the
+    residual streams behind each of `layers`, side by side, [T, width], all tokens. embedding,
+    head: names of the artifact's weights [V, K] that turn tokens into rows and rows into logits,
+    None where they are not kept in 16 bits and in plain order.
+
+    Raises ContractError for a kind that is not known.
+    """
+
+    kind: str
+    width: int
+    layers: tuple[int, ...] = ()
+    embedding: str | None = None
+    head: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in FEATURES[1:]:
+            raise ContractError(f"features {self.kind!r} are not known")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Features:
+        missing = [f.name for f in fields(cls) if f.name not in data]
+        if missing:
+            raise ContractError(f"features lack {', '.join(missing)}")
+        names = (data["embedding"], data["head"])
+        return cls(str(data["kind"]), int(data["width"]), tuple(data["layers"]), *names)
+
+
 @dataclass(frozen=True)
 class BatchLayout:
     """The largest sizes a step may have; AOTInductor does not check them, the engine does."""

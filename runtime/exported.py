@@ -29,8 +29,11 @@ class ExportedStep:
         self._run = torch.compile(module, dynamic=True) if backend == "compile" else module
 
     def run(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """One step; weights are passed first."""
+        """One step's logits."""
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """All that one step gives, as `Package.outputs`; weights are passed first."""
         with torch.no_grad():
             output = self._run(*self._weights, *inputs)
-        logits: torch.Tensor = output[0] if isinstance(output, list | tuple) else output
-        return logits
+        return list(output) if isinstance(output, list | tuple) else [output]

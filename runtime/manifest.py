@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .batch import CONTRACT_VERSION, BatchLayout, CacheSpec
+from .batch import CONTRACT_VERSION, BatchLayout, CacheSpec, Features
 from .errors import SmeltError, UserError
 
 SCHEMA_VERSION = 1
@@ -25,9 +25,10 @@ class Manifest:
     """Everything but the tensors and the code.
 
     model: name, class, revision, dtype, vocab_size, max_position, eos_token_id (list),
-    bos_token_id, parameters, source_bytes. quant: the QuantSpec. target: device, machine, isa,
-    torch, triton. constants: package constant -> tensor name. layout_steps: weight-plan steps that
-    brought canonical weights into the provider's layout. files: relative path -> {bytes, sha256}.
+    bos_token_id, parameters, source_bytes, features (`Features`; not there without). quant: the
+    QuantSpec. target: device, machine, isa, torch, triton. constants: package constant -> tensor
+    name. layout_steps: weight-plan steps that brought canonical weights into the provider's
+    layout. files: relative path -> {bytes, sha256}.
     """
 
     model: dict[str, Any]
@@ -47,6 +48,12 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
     contract: int = CONTRACT_VERSION
+
+    @property
+    def features(self) -> Features | None:
+        """What the step gives beside logits."""
+        data = self.model.get("features")
+        return None if data is None else Features.from_json(data)
 
     def write(self, folder: Path) -> None:
         """Write atomically: a manifest is either the old one or the new one."""
@@ -107,6 +114,8 @@ def _parse(data: Mapping[str, Any], path: Path) -> Manifest:
         values = {f.name: data[f.name] for f in fields(Manifest)}
         values["cache"] = CacheSpec.from_json(data["cache"])
         values["layout"] = BatchLayout.from_json(data["layout"])
-        return Manifest(**values)
+        found = Manifest(**values)
+        _ = found.features
+        return found
     except (SmeltError, ValueError, TypeError, KeyError) as error:
         raise ManifestError(f"{path} is damaged ({error}); compile the model again") from error

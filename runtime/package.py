@@ -41,6 +41,10 @@ class Package:
         self._loader.load_constants(self._weights, False, True, True)
 
     def run(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """One step. `inputs` is emptied: the loader takes ownership of the references."""
-        output: torch.Tensor = self._loader.boxed_run(inputs)[0]
-        return output
+        """One step's logits. `inputs` is emptied: the loader takes ownership of the references."""
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """All that one step gives: logits, and features where it was compiled with them."""
+        found: list[torch.Tensor] = self._loader.boxed_run(inputs)
+        return found

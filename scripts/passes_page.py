@@ -13,6 +13,7 @@ from typing import Any
 from smelt.compiler.manager import Stage
 from smelt.compiler.pipeline import OPT_LEVELS, PipelineConfig, pipeline
 from smelt.compiler.quantization import METHODS
+from smelt.passes.attention.expose_features import ExposeFeatures
 from smelt.passes.attention.quantize_kv_cache import QuantizeKvCache
 from smelt.passes.base import Close, Exact, Lossy, Pass
 from smelt.passes.quantize import KeepQuantized
@@ -66,10 +67,13 @@ All of this is for the CPU. On a GPU it has not been measured.
 """
 
 
-def stages_of(opt: str, method: str | None = None, kv_cache: str = "auto") -> list[Stage]:
-    """The pipeline of a level, with a quantization method or none, and a format of the cache."""
+def stages_of(
+    opt: str, method: str | None = None, kv_cache: str = "auto", features: str = "none"
+) -> list[Stage]:
+    """The pipeline of a level, with a quantization method or none, a format of the cache, and
+    features."""
     quantize = Stage(METHODS[method](), METHODS[method].Options()) if method else None
-    return pipeline(PipelineConfig(opt, quantize, kv_cache=kv_cache))
+    return pipeline(PipelineConfig(opt, quantize, kv_cache=kv_cache, features=features))
 
 
 def all_passes() -> dict[str, tuple[Pass, str]]:
@@ -82,7 +86,8 @@ def all_passes() -> dict[str, tuple[Pass, str]]:
     quantizers = {METHODS[m].name: (METHODS[m](), f"`--quant {m}`") for m in METHODS}
     quantizers[KeepQuantized.name] = (KeepQuantized(), "a quantized checkpoint")
     levels[QuantizeKvCache.name] = "`--kv-cache`"
-    for stage in stages_of(OPT_LEVELS[-1], next(iter(METHODS)), "int8"):
+    levels[ExposeFeatures.name] = "`--features`"
+    for stage in stages_of(OPT_LEVELS[-1], next(iter(METHODS)), "int8", "final"):
         name = stage.pass_.name
         if name in quantizers:
             found.update(quantizers)
