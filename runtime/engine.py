@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .batch import Batch, BatchLayout, CacheSpec
+from .batch import Batch, BatchLayout, CacheSpec, Features
 from .batch_builder import BatchBuilder
 from .blocks import PagedMemory
 from .cache_moves import copy_blocks, move_slots
@@ -43,15 +43,24 @@ DETERMINISTIC_TOKENS = 32
 
 
 class StepProgram(Protocol):
-    """A compiled step: packed tokens in, logits out, caches changed in place."""
+    """A compiled step: packed tokens in, logits out, caches changed in place.
+
+    features: what `run_with_features` gives beside logits, None where there is no such output.
+    """
 
     spec: CacheSpec
     layout: BatchLayout
     vocab_size: int
     device: torch.device
+    features: Features | None
 
     def run(self, batch: Batch, caches: list[torch.Tensor]) -> torch.Tensor:
         """Logits [R, V] of `batch.logits_rows`, of any float dtype."""
+
+    def run_with_features(
+        self, batch: Batch, caches: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`run`, and the features beside it."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +285,11 @@ class Engine:
         )
         batch = self.builder.build(chunks)
         began = time.perf_counter()
-        logits = program.run(batch, self.caches)
+        features = None
+        if self.speculator is not None and self.speculator.features:
+            logits, features = program.run_with_features(batch, self.caches)
+        else:
+            logits = program.run(batch, self.caches)
         taken, chosen = selection.choose(logits)
         self._prompt_logprobs(chunks, logits)
         self.scheduler.commit(chunks)
@@ -284,6 +297,8 @@ class Engine:
         if self.speculator is not None:
             seconds = time.perf_counter() - began
             self.speculator.learn(chunks, taken, seconds, self._metrics)
+            if features is not None:
+                self.speculator.observe(chunks, taken, self._forks, features)
         return taken, selection, chosen
 
     def _count(self, chunks: list[Chunk]) -> None:

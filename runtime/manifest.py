@@ -115,7 +115,8 @@ def _parse(data: Mapping[str, Any], path: Path) -> Manifest:
         values["cache"] = CacheSpec.from_json(data["cache"])
         values["layout"] = BatchLayout.from_json(data["layout"])
         found = Manifest(**values)
-        _ = found.features
+        if found.model.get("features") is not None:
+            Features.from_json(found.model["features"])
         return found
     except (SmeltError, ValueError, TypeError, KeyError) as error:
         raise ManifestError(f"{path} is damaged ({error}); compile the model again") from error

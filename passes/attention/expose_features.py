@@ -114,7 +114,7 @@ def output_layer(logits: fx.Node) -> fx.Node | None:
 
 
 def _layer_prefixes(program: Program) -> list[str]:
-    """"model.layers.0." and so on, in graph order: of each attention's path, up to its number."""
+    """ "model.layers.0." and so on, in graph order: of each attention's path, up to its number."""
     found: dict[str, None] = {}
     for node in program.calls(torch.ops.smelt.attention.default):
         parts = module_path(node).split(".")

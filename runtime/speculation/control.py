@@ -9,6 +9,7 @@ length is tried, so that a text that becomes predictable is noticed.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 LENGTHS = (0, 1, 2, 3, 4, 6, 8)
 PROBE_EVERY = 48
@@ -28,11 +29,17 @@ class Average:
 class DraftLength:
     """Chooses the length of the next draft. fixed: always that, otherwise by what pays.
 
-    longest: what `fixed` None may choose at most.
+    longest: what may be chosen at most. nodes: the tokens of a draft of so many levels, for trees.
     """
 
-    def __init__(self, fixed: int | None = None, longest: int = 8) -> None:
-        self.fixed = fixed
+    def __init__(
+        self,
+        fixed: int | None = None,
+        longest: int = 8,
+        nodes: Callable[[int], int] = lambda levels: levels,
+    ) -> None:
+        self.fixed = fixed if fixed is None else min(fixed, longest)
+        self.nodes = nodes
         self.lengths = [n for n in LENGTHS if n <= longest]
         self.acceptance = Average()
         self.proposing = Average()  # seconds a proposed token
@@ -59,11 +66,12 @@ class DraftLength:
         """Tokens a second and sequence; a size never seen is taken to cost what a plain step does."""
         a = min(accepted, 0.99)
         tokens = (1 - a ** (count + 1)) / (1 - a)
-        seconds = self._seconds[_size(sequences * (1 + count))].value
+        nodes = self.nodes(count)
+        seconds = self._seconds[_size(sequences * (1 + nodes))].value
         if seconds is None:
-            known = [v.value for n, v in self._seconds.items() if n <= sequences * (1 + count)]
+            known = [v.value for n, v in self._seconds.items() if n <= sequences * (1 + nodes)]
             seconds = max([v for v in known if v is not None], default=plain)
-        return tokens / (seconds + (self.proposing.value or 0.0) * count * sequences)
+        return tokens / (seconds + (self.proposing.value or 0.0) * nodes * sequences)
 
     def proposed(self, tokens: int, seconds: float) -> None:
         """So many tokens were proposed in so many seconds."""

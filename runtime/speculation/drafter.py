@@ -29,7 +29,9 @@ class Proposal:
 class Drafter(Protocol):
     """Proposes tokens for sequences that decode.
 
-    name: as in `--draft`.
+    name: as in `--draft`. Drafters that read the model's features also have `features`, the kind
+    they want (`Features.kind`); those whose proposals have an end have `longest`, the most tokens
+    (of a tree: levels) that they give; those that give trees have `nodes(levels)`, their tokens.
     """
 
     name: str
@@ -37,8 +39,13 @@ class Drafter(Protocol):
     def propose(self, sequences: Items[Sequence], counts: Items[int]) -> list[Proposal | None]:
         """Up to counts[i] tokens (of a tree: levels) after each sequence, None for no idea."""
 
-    def observe(self, sequence: Sequence, features: torch.Tensor) -> None:
-        """The model's features of the row that gave the sequence's newest token, [F]."""
+    def observe(self, sequence: Sequence, position: int, features: torch.Tensor) -> None:
+        """The model's features [n, F] of the sequence's tokens from `position` on, after a step.
+
+        Of kind "final" only the row that gives the newest token (n is 1); otherwise all tokens of
+        the step that are the sequence's own, in order. What the prefix cache supplied never
+        comes; what is computed again after a preemption comes again.
+        """
 
     def drop(self, sequence: Sequence) -> None:
         """The sequence ended or stepped back; forget it."""

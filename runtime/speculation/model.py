@@ -87,7 +87,7 @@ class ModelDrafter:
                 break
         return [self._proposal(sequence) for sequence in sequences]
 
-    def observe(self, sequence: Sequence, features: torch.Tensor) -> None: ...
+    def observe(self, sequence: Sequence, position: int, features: torch.Tensor) -> None: ...
 
     def drop(self, sequence: Sequence) -> None:
         shadow = self._shadows.pop(sequence, None)

@@ -57,7 +57,7 @@ class NgramDrafter:
                 return Proposal(found)
         return None
 
-    def observe(self, sequence: Sequence, features: Any) -> None: ...
+    def observe(self, sequence: Sequence, position: int, features: Any) -> None: ...
 
     def drop(self, sequence: Sequence) -> None:
         self._indexes.pop(sequence, None)

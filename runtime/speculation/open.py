@@ -14,18 +14,34 @@ if TYPE_CHECKING:
 
 
 def open_drafter(draft: str | Path, program: StepProgram, tokenizer: Tokenizer) -> Drafter:
-    """`ngram`, or the folder of an artifact whose tokens mean what the model's mean.
+    """`ngram`, `medusa:FOLDER`, `eagle3:FOLDER`, or the folder of an artifact whose tokens mean
+    what the model's mean.
 
-    program, tokenizer: the model's. Raises `UserError` for a name that is not known and for a
-    draft with another vocabulary.
+    program, tokenizer: the model's. Raises `UserError` for a name that is not known, for a draft
+    with another vocabulary, and for heads of a model without their features.
     """
     if str(draft) == "ngram":
         from .ngram import NgramDrafter
 
         return NgramDrafter()
+    kind, _, heads = str(draft).partition(":")
+    if heads and kind in ("medusa", "eagle3"):
+        where = Path(heads).expanduser()
+        if not where.is_dir():
+            raise UserError(f"--draft {draft}: {heads} is no folder of heads")
+        if kind == "medusa":
+            from .medusa import open_medusa
+
+            return open_medusa(where, program)
+        from .eagle3 import open_eagle3
+
+        return open_eagle3(where, program)
     folder = Path(draft)
     if not folder.is_dir():
-        raise UserError(f"--draft {draft} is no folder: give ngram, or the artifact of a smaller model")
+        raise UserError(
+            f"--draft {draft} is no folder: give ngram, medusa:FOLDER, eagle3:FOLDER, or the "
+            "artifact of a smaller model"
+        )
     from ..artifact import open_artifact
     from ..tokenizer import Tokenizer as Reader
     from .model import ModelDrafter

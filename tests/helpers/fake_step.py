@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import smelt.runtime.ops  # noqa: F401  (registers the operators)
-from smelt.runtime.batch import Batch, BatchLayout, CacheGroup, CacheSpec
+from smelt.runtime.batch import Batch, BatchLayout, CacheGroup, CacheSpec, Features
 from smelt.runtime.ops.cache_format import dequantize_rows, quantize_rows
 
 
@@ -81,7 +81,9 @@ def rowwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class FakeStep:
     """`StepProgram` over `FakeModel`: layer i sees windows[i] tokens (0: all).
 
-    format: of the cache; the oracle rounds what the cache would.
+    format: of the cache; the oracle rounds what the cache would. features: "final" or "eagle3",
+    what `run_with_features` gives: the rows before the head, or the embedded tokens and what the
+    first and the last layer give.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class FakeStep:
         max_position: int = 128,
         max_rows: int = 8,
         format: str = "auto",
+        features: str | None = None,
     ) -> None:
         self.model = model or FakeModel(layers=len(windows))
         self.windows = windows
@@ -113,12 +116,34 @@ class FakeStep:
             max_tokens, max_sequences, -(-max_position // block_size), max_rows, max_position
         )
         self.batches: list[Batch] = []
+        self.features = None
+        self.weights = {"embed": self.model.embedding, "head": self.model.head.T.contiguous()}
+        if features is not None:
+            self.features = Features(
+                features, HIDDEN * (3 if features == "eagle3" else 1), (), "embed", "head"
+            )
 
     def run(self, batch: Batch, caches: list[torch.Tensor]) -> torch.Tensor:
+        return self._run(batch, caches)[0]
+
+    def run_with_features(
+        self, batch: Batch, caches: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, streams = self._run(batch, caches)
+        assert self.features is not None
+        if self.features.kind == "final":
+            return logits, streams[-1][batch.logits_rows]
+        return logits, torch.cat([streams[0], streams[1], streams[-1]], -1)
+
+    def _run(
+        self, batch: Batch, caches: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits, and the residual streams before and after each layer."""
         batch.check(self.layout, self.spec)
         self.batches.append(batch)
         model = self.model
         x = model.embed(batch.input_ids, batch.position_ids)
+        streams = [x]
         for layer, window in enumerate(self.windows):
             q, k, v = model.heads(x, layer)
             group = self.group_of[layer]
@@ -132,7 +157,8 @@ class FakeStep:
             else:
                 attended = torch.ops.smelt.cached_attention_quantized(*args, self.spec.format)
             x = model.output(x, attended, layer)
-        return model.logits(x[batch.logits_rows])
+            streams.append(x)
+        return model.logits(x[batch.logits_rows]), streams
 
     def oracle(self, tokens: list[int]) -> torch.Tensor:
         """Logits [len, V] of one sequence, computed whole and without a cache."""

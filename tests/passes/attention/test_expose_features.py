@@ -42,8 +42,10 @@ def eager_streams(subject: Subject) -> list[torch.Tensor]:
         streams.append((value[0] if isinstance(value, tuple) else value)[0])
 
     hooks = [
-        layer.register_forward_pre_hook(lambda m, args, kwargs: keep(
-            args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda m, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
         for layer in layers
     ]
     hooks.append(layers[-1].register_forward_hook(lambda m, args, out: keep(out)))
