@@ -92,6 +92,10 @@ class Weights:
         """The first size of a tensor. Raises `UserError` where there is none."""
         return int(self._found(name).shape[0])
 
+    def columns(self, name: str) -> int:
+        """The last size of a tensor. Raises `UserError` where there is none."""
+        return int(self._found(name).shape[-1])
+
     def take(self, name: str, *shape: int) -> torch.Tensor:
         """The tensor `name`. Raises `UserError` where it is missing or has another shape."""
         value = self._found(name)
