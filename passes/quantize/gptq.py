@@ -22,7 +22,8 @@ from .expert_layers import ExpertLayers
 from .experts import MATRICES, Experts, find_experts, replace_experts
 from .experts import to_quantized as round_experts
 from .formats import Quantized, check_finite, fake_quantize, joined, quantize, row_chunks
-from .gptq_solve import DAMPING, errors_of, prepare, solve
+from .gptq_refine import refine
+from .gptq_solve import DAMPING, errors_of, nearest, prepare, solve
 from .groups import Group, find_groups
 from .linears import Linear, find_linears, replace_linear, to_quantized
 from .spec import FORMATS, QuantSpec
@@ -61,6 +62,7 @@ class Gptq:
     damping: float = DAMPING
     found: ClassVar[type[GptqFound]] = GptqFound
     whole_gram: ClassVar[bool] = True
+    original: ClassVar[bool] = True
     copies: ClassVar[float] = 3.3
     matrices: ClassVar[float] = 6.75
     wide: ClassVar[bool] = False
@@ -199,30 +201,40 @@ def compensate(
 def _search(
     linear: Linear, value: torch.Tensor, statistics: Statistics, damping: float
 ) -> GptqFound:
-    """Round one layer; each row keeps what loses least: with clipping, without, or to nearest."""
+    """Round one layer towards its outputs in the original model; each row starts from what loses
+    least, with clipping, without, or to nearest, and is refined."""
     assert statistics.gram is not None
     hessian = statistics.gram[0]
     form, groups = FORMATS[linear.scheme.format], linear.scheme.groups(linear.k)
     prepared = None if form.symmetric else prepare(hessian, linear.layer, damping)
     size = before = after = 0.0
+    at = 0
     rows: list[Quantized] = []
     for w in row_chunks(value):
         size += float(errors_of(w, hessian).sum())
         rounded = quantize(w, linear.scheme)
+        if prepared is None:
+            before += float(errors_of(rounded.dequantize() - w, hessian).sum())
+            continue
+        target = w
+        if statistics.drift is not None:
+            missing = statistics.drift(w, slice(at, at := at + len(w)))
+            target = nearest(missing, prepared, statistics.tokens).add_(w)
         candidates = [rounded]
-        if prepared is not None:
-            blocks = _diagonal_blocks(hessian, groups)
-            clip = search_clip(w, linear.scheme, statistics.rows, blocks)
-            candidates.append(solve(w, prepared, groups, form.bits))
-            candidates.append(solve(w, prepared, groups, form.bits, clip))
-        lost = torch.stack([errors_of(c.dequantize() - w, hessian) for c in candidates])
-        before += float(lost[0].sum())
-        after += float(lost.amin(0).sum())
-        rows.append(_picked(candidates, lost.argmin(0)))
+        blocks = _diagonal_blocks(hessian, groups)
+        clip = search_clip(target, linear.scheme, statistics.rows, blocks)
+        candidates.append(solve(target, prepared, groups, form.bits))
+        candidates.append(solve(target, prepared, groups, form.bits, clip))
+        lost = [errors_of(c.dequantize() - target, hessian, prepared.added) for c in candidates]
+        best = _picked(candidates, torch.stack(lost).argmin(0))
+        best = refine(best, target, hessian, prepared, form.bits)
+        before += float(errors_of(rounded.dequantize() - target, hessian).sum())
+        after += float(errors_of(best.dequantize() - target, hessian).sum())
+        rows.append(best)
     size = size or 1.0
     if prepared is None:
         little = f"rounded to nearest: at {linear.scheme.format} there is little to win back"
-        return GptqFound(None, None, None, before / size, after / size, little)
+        return GptqFound(None, None, None, before / size, before / size, little)
     note = None if after < before else "rounded to nearest: nothing was gained"
     q, scales, zeros = (torch.cat(parts) for parts in zip(*rows, strict=True))
     return GptqFound(pack(q, form.bits), scales, zeros, before / size, after / size, note)
