@@ -2,7 +2,8 @@
 
 Both run over the same samples side by side. Rounding a layer for the inputs that it will get, but
 towards the outputs that it had in the original, makes up for part of what the layers before it
-lost. Where a linear adds to a residual stream, what that stream has lost counts as well.
+lost: the asymmetric calibration of GPTAQ (Li et al. 2025, arXiv:2504.02692). Where a linear adds to
+a residual stream, what that stream has lost counts as well.
 """
 
 from __future__ import annotations

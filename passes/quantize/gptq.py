@@ -44,7 +44,8 @@ class GptqFound:
     """One rounded linear, packed: as in `runtime/ops/packing.py`.
 
     Without qweight, scales and zeros it is rounded to nearest, by a step of the plan. Errors are
-    relative to the output, over all calibration tokens. note: why it is only rounded.
+    relative to the output, over all calibration tokens, against the outputs of the weight that
+    comes nearest to the original model. note: why it is only rounded.
     """
 
     qweight: torch.Tensor | None
@@ -139,9 +140,12 @@ class QuantizeGptq(Pass):
     are computed here and stand in the weight plan as values. The Hessian is the sum of x x^T over
     all calibration tokens, streamed; columns are taken in the order of their activations on a grid
     fixed beforehand (`gptq_solve.py`). The grid is clipped where that lowers the layer's output
-    error. A layer that does not gain against rounding is rounded, and its verdict says so. Legal
-    for the linears and experts that rounding takes; nothing is folded, so every layer can be
-    treated. An expert has the Hessian of the tokens that it saw; one that saw too few is rounded.
+    error. Rounded is towards what the original model, which runs beside, has after the layer, so
+    that it makes up for what those before it lost (`drift.py`); then scales, zero points and whole
+    numbers are refined, one after the other (`gptq_refine.py`). A layer that does not gain against
+    rounding is rounded, and its verdict says so. Legal for the linears and experts that rounding
+    takes; nothing is folded, so every layer can be treated. An expert has the Hessian of the tokens
+    that it saw; one that saw too few is rounded.
     Pays in quality, most at 3 bits, at the size and speed of plain rounding.
     """
 
