@@ -53,7 +53,7 @@ def observe_drift(run: GraphRun, original: GraphRun, group: Group) -> Drift:
     for now, before in zip(run.live, original.live, strict=True):
         x = _rows(now[source])
         found.inputs.addmm_((_rows(before[source]) - x).T, x)
-        if found.residual is not None:
+        if stream is not None and found.residual is not None:
             found.residual.addmm_((_rows(before[stream]) - _rows(now[stream])).T, x)
     return found
 
