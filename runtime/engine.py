@@ -70,10 +70,11 @@ class Engine:
         windows = [group.window for group in spec.groups]
         self.memory = PagedMemory(blocks, spec.block_size, windows)
         self.caches = allocate_cache(spec, blocks, program.device)
-        tokens = min(layout.max_tokens, chosen.max_tokens or layout.max_tokens)
+        tokens = min(layout.max_tokens, chosen.max_tokens)
         padded = 0
         if chosen.deterministic:
-            tokens = padded = min(DETERMINISTIC_TOKENS, layout.max_tokens, layout.max_rows)
+            padded = min(DETERMINISTIC_TOKENS, layout.max_tokens, layout.max_rows)
+            tokens = min(tokens, padded)
         if tokens < 1:
             raise UserError(f"max_tokens is {tokens}: give 1 or more tokens a step")
         self.scheduler = Scheduler(

@@ -32,7 +32,8 @@ class EngineOptions:
     """blocks: cache blocks, otherwise from `kv_cache_tokens` or `kv_cache_fraction`.
 
     prefix_cache: keep what was computed for later requests. policy: the order of requests.
-    max_tokens: of a step, at most the graph's: longer prompts are cut into chunks of it.
+    max_tokens: of a step, at most the graph's: longer prompts are cut into chunks of it, so that
+    nobody who decodes waits longer than for one.
     deterministic: greedy tokens depend on nothing but the prompt; every step then computes
     `DETERMINISTIC_TOKENS` rows. drafter: proposes tokens; draft_tokens: how many, None for as many
     as pay.
@@ -43,7 +44,7 @@ class EngineOptions:
     kv_cache_fraction: float | None = None
     prefix_cache: bool = True
     policy: str | Policy = "fcfs"
-    max_tokens: int | None = None
+    max_tokens: int = 512
     deterministic: bool = False
     drafter: Drafter | None = None
     draft_tokens: int | None = None

@@ -55,7 +55,8 @@ class LLM:
         if draft is not None:
             from .speculation.open import open_drafter
 
-            options["drafter"] = open_drafter(draft, artifact.program, self.tokenizer)
+            exact = bool(options.get("deterministic"))
+            options["drafter"] = open_drafter(draft, artifact.program, self.tokenizer, exact)
         self.engine = Engine(
             artifact.program,
             tokenizer=self.tokenizer,
