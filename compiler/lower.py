@@ -106,7 +106,13 @@ def example_inputs(spec: CacheSpec, device: str) -> tuple[torch.Tensor, ...]:
 def dynamic_shapes(spec: CacheSpec) -> tuple[dict[int, Any], ...]:
     """Which dimensions of `example_inputs` are symbolic."""
     tokens, dynamic = {0: Dim.DYNAMIC}, Dim.DYNAMIC
-    out: list[dict[int, Any]] = [tokens, tokens, {0: dynamic}, {0: dynamic}, {0: dynamic, 1: dynamic}]
+    out: list[dict[int, Any]] = [
+        tokens,
+        tokens,
+        {0: dynamic},
+        {0: dynamic},
+        {0: dynamic, 1: dynamic},
+    ]
     for _ in spec.groups:
         out += [tokens, {0: dynamic, 1: dynamic}]
     out.append({0: dynamic})

@@ -18,7 +18,7 @@ from .drafter import Proposal
 from .eagle3_model import Context, Eagle3Model, load_eagle3
 
 if TYPE_CHECKING:
-    from ..engine import StepProgram
+    from ..engine_options import StepProgram
 
 
 class _Reader:

@@ -19,7 +19,7 @@ from ..errors import UserError
 from .heads import Weights, check_features, model_weight, number, read_config, read_weights
 
 if TYPE_CHECKING:
-    from ..engine import StepProgram
+    from ..engine_options import StepProgram
 
 
 @dataclass(frozen=True)

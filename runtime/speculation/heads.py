@@ -12,7 +12,7 @@ import torch
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from ..engine import StepProgram
+    from ..engine_options import StepProgram
 
 
 def check_features(program: StepProgram, kind: str, draft: str) -> int:

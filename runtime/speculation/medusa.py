@@ -20,7 +20,7 @@ from .drafter import Proposal
 from .heads import Weights, check_features, model_weight, number, read_config, read_weights
 
 if TYPE_CHECKING:
-    from ..engine import StepProgram
+    from ..engine_options import StepProgram
 
 Choices = tuple[tuple[int, ...], ...]
 

@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 
-def open_drafter(draft: str | Path, program: StepProgram, tokenizer: Tokenizer) -> Drafter:
+def open_drafter(
+    draft: str | Path, program: StepProgram, tokenizer: Tokenizer, deterministic: bool = False
+) -> Drafter:
     """`ngram`, `medusa:FOLDER`, `eagle3:FOLDER`, or the folder of an artifact whose tokens mean
     what the model's mean.
 
-    program, tokenizer: the model's. Raises `UserError` for a name that is not known, for a draft
-    with another vocabulary, and for heads of a model without their features.
+    program, tokenizer: the model's; deterministic: sampled answers, too, are to be those without a
+    draft. Raises `UserError` for a name that is not known, for a draft with another vocabulary, and
+    for heads of a model without their features.
     """
     if str(draft) == "ngram":
         from .ngram import NgramDrafter
@@ -48,7 +51,7 @@ def open_drafter(draft: str | Path, program: StepProgram, tokenizer: Tokenizer) 
 
     smaller = open_artifact(folder)
     check_vocabulary(Reader(smaller.folder), tokenizer, str(draft))
-    return ModelDrafter(smaller.program, program.vocab_size)
+    return ModelDrafter(smaller.program, program.vocab_size, coupled=deterministic)
 
 
 def check_vocabulary(draft: Tokenizer, model: Tokenizer, name: str) -> None:
