@@ -49,7 +49,8 @@ Draft = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--draft",
-        help="Draft ahead: ngram, or the artifact of a smaller model with the same vocabulary.",
+        help="Draft ahead: ngram, medusa:FOLDER, eagle3:FOLDER, or a smaller artifact with the "
+        "same vocabulary.",
         show_default=False,
     ),
 ]

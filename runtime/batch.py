@@ -144,7 +144,7 @@ class Features:
             raise ContractError(f"features {self.kind!r} are not known")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "layers": list(self.layers)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Features:

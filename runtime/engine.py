@@ -29,6 +29,7 @@ from .scheduler import Scheduler
 from .selection import Selection
 from .sequence import Chunk, StepOutput
 from .sequence import Sequence as Sample
+from .speculation.heads import check_features
 from .speculation.speculator import Speculator
 from .speculation.verify import Taken, slots_to_move
 
@@ -91,6 +92,8 @@ class Engine:
         self.speculator = (
             Speculator(chosen.drafter, chosen.draft_tokens) if chosen.drafter else None
         )
+        if self.speculator is not None and self.speculator.features:
+            check_features(program, self.speculator.features, self.speculator.name)
         self.context = min(layout.max_position, max_position or layout.max_position)
         self.requests = RequestFactory(self)
         self._metrics = Metrics(blocks=blocks)

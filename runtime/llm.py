@@ -34,8 +34,9 @@ Key = TypeVar("Key")
 class LLM:
     """A loaded artifact. path: its folder.
 
-    draft: what proposes tokens: "ngram", or the folder of a smaller artifact with the same
-    vocabulary. options: the fields of `EngineOptions`, by name.
+    draft: what proposes tokens: "ngram", trained heads as "medusa:FOLDER" or "eagle3:FOLDER", or
+    the folder of a smaller artifact with the same vocabulary. options: the fields of
+    `EngineOptions`, by name.
     """
 
     def __init__(
@@ -249,7 +250,7 @@ def load(path: str | Path, **options: Any) -> LLM:
     """Open an artifact for generation.
 
     kv_cache_tokens: tokens the KV cache holds over all sequences; kv_cache_fraction: of the free
-    memory (0.4 if neither is given); draft: "ngram" or a smaller artifact; deterministic: tokens
+    memory (0.4 if neither is given); draft: as in `LLM`; deterministic: tokens
     depend on nothing but the prompt; further ones as in `EngineOptions`. Raises `UserError` or
     `SmeltError` naming what is wrong.
     """

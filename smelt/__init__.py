@@ -66,8 +66,8 @@ def load(path: str | Path, **options: Any) -> LLM:
     """Open an artifact for generation.
 
     options, all by name: kv_cache_tokens (tokens the KV cache holds over all sequences) or
-    kv_cache_fraction (of the free memory; 0.4 if neither is given); draft ("ngram" or the folder of
-    a smaller artifact) and draft_tokens; deterministic; prefix_cache; policy; max_tokens (of a
+    kv_cache_fraction (of the free memory; 0.4 if neither is given); draft ("ngram", the folder of a
+    smaller artifact, "medusa:FOLDER" or "eagle3:FOLDER") and draft_tokens; deterministic; prefix_cache; policy; max_tokens (of a
     step): see `EngineOptions`. An artifact made for another machine or torch version is rebuilt in
     place from its portable program, with a notice. Raises UserError or SmeltError.
     """

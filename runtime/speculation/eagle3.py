@@ -92,7 +92,10 @@ class Eagle3Drafter:
         behind = [(r, s) for r, s in asked if r.waiting]
         if not behind:
             return
-        rows, tokens, positions, parts = [], [], [], []
+        rows: list[torch.Tensor] = []
+        tokens: list[int] = []
+        positions: list[int] = []
+        parts: list[tuple[Context, int]] = []
         for reader, sequence in behind:
             first, end = reader.start + reader.read, reader.end
             rows += reader.waiting

@@ -53,7 +53,9 @@ class MedusaHeads:
             x = rows.to(self.out.dtype).expand(self.count, -1, -1)
             for weight, bias in zip(self.blocks, self.biases, strict=True):
                 x = x + silu(torch.baddbmm(bias, x, weight.transpose(1, 2)))
-            return torch.matmul(x, self.out.transpose(1, 2))
+            if len(self.out) == 1:  # as one matrix: a batched product copies it for every head
+                return torch.nn.functional.linear(x, self.out[0])
+            return torch.bmm(x, self.out.transpose(1, 2))
 
 
 class MedusaDrafter:
@@ -89,7 +91,7 @@ class MedusaDrafter:
         for i, guesses in zip(ready, best, strict=True):
             paths, parents = self._trees[min(counts[i], self.longest)]
             tokens = [guesses[len(path) - 1][path[-1]] for path in paths]
-            found[i] = Proposal(tokens, list(parents))
+            found[i] = Proposal(tokens, list(parents) if parents else None)
         return found
 
     def _fits(self, sequence: Sequence) -> bool:
@@ -110,11 +112,13 @@ def _promise(path: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
     return len(path) + 1.5 * sum(path), path
 
 
-def _tree(choices: list[tuple[int, ...]], levels: int) -> tuple[Choices, tuple[int, ...]]:
-    """The paths of at most `levels` ranks, and of each the index of the one it goes on from."""
+def _tree(choices: list[tuple[int, ...]], levels: int) -> tuple[Choices, tuple[int, ...] | None]:
+    """The paths of at most `levels` ranks, and of each the index of the one it goes on from; None
+    for a chain, which needs no mask."""
     paths = tuple(path for path in choices if len(path) <= levels)
     at = {path: i for i, path in enumerate(paths)}
-    return paths, tuple(at[path[:-1]] if len(path) > 1 else -1 for path in paths)
+    parents = tuple(at[path[:-1]] if len(path) > 1 else -1 for path in paths)
+    return paths, None if parents == tuple(range(-1, len(paths) - 1)) else parents
 
 
 def open_medusa(folder: Path, program: StepProgram) -> MedusaDrafter:

@@ -25,6 +25,7 @@ class Speculator:
 
     def __init__(self, drafter: Drafter, tokens: int | None = None) -> None:
         self.drafter: Drafter | None = drafter
+        self.name = drafter.name
         kinds = {
             key: getattr(drafter, key) for key in ("longest", "nodes") if hasattr(drafter, key)
         }

@@ -38,6 +38,7 @@ def test_every_folder_and_data_file_is_in_it(wheel: Path) -> None:
     for name in (
         "smelt/py.typed",
         "smelt/models/demo/smelt-demo/model.safetensors",
+        "smelt/models/demo/smelt-demo-medusa/medusa_lm_head.safetensors",
         "smelt/models/calibration/builtin.txt",
         "smelt/runtime/kernels/cpu/isa.cpp",
     ):

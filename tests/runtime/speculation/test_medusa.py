@@ -219,6 +219,8 @@ def test_folders_and_artifacts_that_have_nothing(tmp_path: Path) -> None:
     for other, said in ((FakeStep(), "has no features"), (FakeStep(features="eagle3"), "eagle3")):
         with pytest.raises(UserError, match=rf"{said}.*compile the model with --features final"):
             open_medusa(tmp_path, other)
+        with pytest.raises(UserError, match=r"--draft medusa: this artifact has .*final"):
+            Engine(other, blocks=64, drafter=open_medusa(tmp_path, step))
 
 
 def test_heads_of_nonsense_only_cost_time() -> None:
