@@ -257,10 +257,13 @@ class Engine:
         for chunk in chunks:
             sample = chunk.sequence
             found = sample.prompt_logprobs
-            if found is not None and chunk.start < sample.prompt_length - 1:
+            # Of a sequence that stepped back while it answered they are known.
+            new = found is not None and not sample.generated
+            if new and chunk.start < sample.prompt_length - 1:
                 end = min(chunk.start + chunk.count, sample.prompt_length - 1)
                 rows = logits[row : row + end - chunk.start]
                 tokens = sample.tokens[chunk.start + 1 : end + 1]
+                assert found is not None
                 del found[chunk.start :]  # a prompt that was begun before and preempted
                 found += top_logprobs(rows, tokens, sample.params.prompt_logprobs or 0)
             row += chunk.rows
