@@ -24,7 +24,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from smelt.runtime.llm import LLM, Output
+    from smelt.runtime.llm import LLM
+    from smelt.runtime.outputs import Output
     from smelt.runtime.sampling_params import SamplingParams
 
 

@@ -20,6 +20,9 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from .packed import Packed
 
+# The linears of experts. transformers takes the scheme of experts from a pattern with that word.
+EXPERTS = r"re:.*\.experts\.\d+\..*"
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -90,7 +93,7 @@ def tensors(packed: Packed, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         "weight_scale": scales,
         "weight_shape": torch.tensor(list(packed.q.shape)),
     }
-    if packed.zeros is not None:
+    if packed.zeros is not None and not scheme.symmetric:
         found["weight_zero_point"] = _words(packed.zeros.T, scheme.bits).T.contiguous()
     return found
 
@@ -106,14 +109,21 @@ def _words(values: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def configuration(modules: Mapping[str, Scheme], left: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` for quantized `modules`; left: the other linears of the model."""
+def configuration(
+    modules: Mapping[str, Scheme], left: Sequence[str], experts: Scheme | None = None
+) -> dict[str, Any]:
+    """`quantization_config` for quantized `modules`; left: the other linears of the model; experts:
+    the scheme of all linears of experts, None where there are none."""
     schemes = list(dict.fromkeys(modules.values()))
+    alike = len({*schemes, experts} - {None}) == 1
     groups = {}
     for i, scheme in enumerate(schemes):
         names = [name for name, own in modules.items() if own == scheme]
-        targets = ["Linear"] if len(schemes) == 1 else names
-        groups[f"group_{i}"] = {"targets": targets, **scheme.to_json()}
+        groups[f"group_{i}"] = {"targets": ["Linear"] if alike else names, **scheme.to_json()}
+    if experts is not None and not (alike and schemes):
+        schemes.append(experts)
+        targets = ["Linear"] if alike else [EXPERTS]
+        groups[f"group_{len(groups)}"] = {"targets": targets, **experts.to_json()}
     formats = {scheme.format for scheme in schemes}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",

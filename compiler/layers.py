@@ -16,7 +16,8 @@ from smelt.passes.quantize.formats import packed_bytes
 from smelt.passes.quantize.spec import QuantSpec, Scheme
 from smelt.passes.quantize.verdict import indivisible
 
-from .stored import keeps
+from .expert_names import expert_names
+from .stored import keeps, keeps_expert
 
 # Stands for the formats that mixed chooses from; its kernels are those of int4, mostly.
 MIXED = Scheme("int4", 0)
@@ -79,19 +80,50 @@ def layers(skeleton: Any, spec: QuantSpec, stored: Quantization | None = None) -
         found.append(_layer(name, weight, n, k, scheme, note, spec))
     for name, module in skeleton.named_modules():
         if is_experts(module):
-            found += [_expert_matrix(name, p, spec, stored) for p in _matrices(module)]
+            kept = _kept_experts(skeleton, name, module, stored) if stored is not None else {}
+            matrices = _matrices(module)
+            found += [_expert_matrix(name, p, spec, kept.get(key)) for key, p in matrices.items()]
     return found
 
 
-def _expert_matrix(
-    name: str, weight: torch.Tensor, spec: QuantSpec, stored: Quantization | None
-) -> Layer:
-    """weight [E, N, K]. Inputs of experts stay as they are, whatever the method."""
+Kept = tuple[Scheme | None, str | None]
+
+
+def _kept_experts(
+    skeleton: Any, name: str, module: nn.Module, stored: Quantization
+) -> dict[str, Kept]:
+    """By matrix of a layer of experts, what keeps its integers, or why nothing does.
+
+    As announced: a checkpoint may hold one expert otherwise, or features out of order.
+    """
+    found: dict[str, Kept] = {}
+    for key, weight in _matrices(module).items():
+        linears = expert_names(skeleton, f"{name}.{key}", 1)
+        forms = {stored.form(path) for path in linears[0]} if linears else set()
+        form = forms.pop() if len(forms) == 1 else None
+        # gate and up stand one below the other.
+        rows = weight.shape[1] // (len(linears[0]) if linears else 1)
+        if not linears:
+            found[key] = None, "which linears of the checkpoint its experts are is not known"
+        elif form is None:
+            found[key] = None, "the checkpoint announces no one form for its experts"
+        else:
+            found[key] = keeps_expert(form, rows, weight.shape[2])
+    schemes = [scheme for scheme, _ in found.values()]
+    whole = {(s.format, s.group_size if s.format == "fp8" else 0) for s in schemes if s}
+    if None not in schemes and len(whole) == 1:
+        return found
+    said = [note for scheme, note in found.values() if scheme is None]
+    note = said[0] if said else "its matrices are stored in different formats"
+    return dict.fromkeys(found, (None, f"{note}: dequantized"))
+
+
+def _expert_matrix(name: str, weight: torch.Tensor, spec: QuantSpec, kept: Kept | None) -> Layer:
+    """weight [E, N, K]. Inputs of experts stay as they are, whatever the method. kept: of a
+    checkpoint that is quantized already."""
     experts, n, k = weight.shape
-    scheme, note = None, None
-    if stored is not None:
-        note = "the integers of a checkpoint's experts are not kept: dequantized"
-    elif spec.method != "none" and min(weight.shape[1:]) >= spec.min_features:
+    scheme, note = kept or (None, None)
+    if kept is None and spec.method != "none" and min(weight.shape[1:]) >= spec.min_features:
         asked, note = _asked(spec, name, k)
         scheme = asked if asked is MIXED else replace(asked, activations="none")
     layer = _layer(name, weight, n, k, scheme, note, spec, experts)
@@ -186,6 +218,6 @@ def is_experts(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Experts")
 
 
-def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    """The weights [E, N, K] of a module that holds experts."""
-    return [p for p in module.parameters(recurse=False) if p.dim() == 3]
+def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights [E, N, K] of a module that holds experts, by name."""
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}

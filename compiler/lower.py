@@ -24,7 +24,7 @@ from smelt.runtime.errors import SmeltError
 
 # Sizes of the example step. All differ and none is 1, so that no two symbols merge and none is
 # taken for a constant.
-EXAMPLE_T, EXAMPLE_B, EXAMPLE_M, EXAMPLE_R, EXAMPLE_BLOCKS = 8, 3, 5, 2, 7
+EXAMPLE_T, EXAMPLE_B, EXAMPLE_M, EXAMPLE_R, EXAMPLE_W, EXAMPLE_BLOCKS = 8, 3, 5, 2, 6, 7
 
 
 class LowerError(SmeltError):
@@ -92,6 +92,7 @@ def example_inputs(spec: CacheSpec, device: str) -> tuple[torch.Tensor, ...]:
         torch.arange(EXAMPLE_T, dtype=long),
         torch.tensor([0, 3, 5, 8], dtype=small),
         torch.tensor([3, 2, 3], dtype=small),
+        torch.ones(EXAMPLE_T, EXAMPLE_W, dtype=torch.bool),
     ]
     for _ in spec.groups:
         out += [
@@ -105,7 +106,7 @@ def example_inputs(spec: CacheSpec, device: str) -> tuple[torch.Tensor, ...]:
 def dynamic_shapes(spec: CacheSpec) -> tuple[dict[int, Any], ...]:
     """Which dimensions of `example_inputs` are symbolic."""
     tokens, dynamic = {0: Dim.DYNAMIC}, Dim.DYNAMIC
-    out: list[dict[int, Any]] = [tokens, tokens, {0: dynamic}, {0: dynamic}]
+    out: list[dict[int, Any]] = [tokens, tokens, {0: dynamic}, {0: dynamic}, {0: dynamic, 1: dynamic}]
     for _ in spec.groups:
         out += [tokens, {0: dynamic, 1: dynamic}]
     out.append({0: dynamic})

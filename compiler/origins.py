@@ -103,6 +103,11 @@ def origins(program: Program, parameters: set[str]) -> dict[str, Origin]:
             known[name] = Origin("qweight", known[name].parts, *inputs)
             if scale is not None:
                 known[scale] = Origin("input_scale", known[name].parts)
+    for node in program.calls(smelt.experts_quantized.default):
+        block: Any = node.args[12]
+        for name in map(program.weight_name, (node.args[3], node.args[6])):
+            if name in known:
+                known[name] = Origin("qweight", known[name].parts, block=block)
     return known
 
 
@@ -118,14 +123,19 @@ class _Reader:
         step = self.made[name]
         if step.op == "sort_features" and name == step.outputs[1]:
             return self._origin("order", self.parts(step.outputs[0]))
+        if step.op == "order_of_experts":
+            return self._origin("order", self.parts(step.args["weight"]))
         return self._origin(self._field(step, name), self.parts(name))
 
     def _origin(self, field: str, parts: list[Part] | None) -> Origin | None:
         return None if parts is None else Origin(field, tuple(parts))
 
     def _field(self, step: Step, name: str) -> str:
-        if step.op == "cat" and name not in self.parameters:
-            return self._field(self.made[step.inputs[0]], step.inputs[0])
+        below = step.inputs[0] if step.op in ("cat", "join_experts") else None
+        if step.op == "take_rows":
+            below = step.inputs[1 + step.outputs.index(name)]
+        if below is not None and name not in self.parameters:
+            return self._field(self.made[below], below)
         fields = _FIELDS.get(_operation(step))
         return fields[step.outputs.index(name)] if fields else "weight"
 
@@ -143,6 +153,8 @@ class _Reader:
                     return None
                 found += below
             return found
+        if step.op == "join_experts":
+            return self.parts(step.args["weight"])
         if step.op == "transpose":
             return self._turned(step.inputs[0])
         if step.op in _SAME or _operation(step) in _FIELDS or step.op == "sort_features":

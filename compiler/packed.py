@@ -15,7 +15,8 @@ class Packed:
 
     q: uint8 with zeros, int8 or float8_e4m3fn [N, K]. scales: [N, G], those of blocks repeated for
     each of their rows. zeros: uint8 [N, G] or None. order int64 [K]: the feature each column
-    belongs to, or None. input_scale: float32 [1] of static activations, or None.
+    belongs to, or None. input_scale: float32 [1] of static activations, or None. A symmetric scheme
+    has no zeros, or they are all 8.
     """
 
     q: torch.Tensor

@@ -113,9 +113,9 @@ def plan(
         refuse_another(stored, settings.spec, model)
         label = stored.label()
         notes.append(f"the checkpoint is quantized ({label}) and compiled as it is")
-        if any(is_experts(module) for module in skeleton.modules()):
-            notes.append(f"experts count as {str(dtype).removeprefix('torch.')}: dequantized")
     decided = layers(skeleton, settings.spec, stored)
+    if stored is not None and any(layer.experts and not layer.scheme for layer in decided):
+        notes.append(f"experts count as {str(dtype).removeprefix('torch.')}: dequantized")
     plain = sum(p.numel() * p.element_size() for p in skeleton.parameters())
     packed = plain - sum(layer.saved for layer in decided)
     per_layer = kv_bytes_per_layer(config, dtype, settings.kv_cache)

@@ -17,7 +17,13 @@ from smelt.models.checkpoint import Checkpoint
 from smelt.models.folder import read_json
 from smelt.models.quantized import Quantization, WeightForm, describe
 from smelt.models.stored import StoredWeight, own_tensors, stored_weights
-from smelt.passes.quantize.kept import kept_scheme
+from smelt.passes.quantize.kept import (
+    NEXT_EXPERT,
+    expert_block,
+    kept_expert_scheme,
+    kept_scheme,
+    unfit_groups,
+)
 from smelt.passes.quantize.spec import QuantSpec, Scheme
 from smelt.passes.quantize.stored import DEQUANTIZE
 from smelt.passes.weights import TensorSpec, WeightPlan
@@ -158,6 +164,20 @@ def as_data(form: WeightForm) -> dict[str, Any]:
 def keeps(form: WeightForm, k: int = 0) -> tuple[Scheme | None, str | None]:
     """`kept_scheme` of a form as announced: 8 bits with zero points count as having some."""
     return kept_scheme(as_data(form), zeros=form.bits == 8 and not form.symmetric, k=k)
+
+
+def keeps_expert(form: WeightForm, n: int, k: int) -> tuple[Scheme | None, str | None]:
+    """`keeps` of an expert's linear [N, K], as the operator of experts holds it."""
+    scheme, note = kept_expert_scheme(as_data(form), zeros=form.bits == 8 and not form.symmetric)
+    if scheme is None:
+        return None, note
+    if scheme.format != "fp8":
+        reason = unfit_groups(scheme.group_size, k)
+        return (scheme, note) if reason is None else (None, reason)
+    block = expert_block(scheme.group_size, (n, k))
+    if block is None:
+        return None, NEXT_EXPERT.format(scheme.group_size)
+    return Scheme("fp8", block), note
 
 
 def quant_json(quantization: Quantization) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def _recipes(
     stored: Mapping[str, TensorSpec], model: Any
 ) -> dict[str, tuple[list[Any], dict[str, list[str]]]]:
     """Per module parameter: (conversion operations, {source pattern: checkpoint keys in order})."""
-    renamings, converters = _conversions(model)
+    renamings, converters = conversions(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     prefix = getattr(model, "base_model_prefix", "")
     found: dict[str, tuple[list[Any], dict[str, list[str]]]] = {}
@@ -213,7 +213,7 @@ def _pattern_order(
     return list(groups)
 
 
-def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
+def conversions(model: Any) -> tuple[list[Any], list[Any]]:
     """(renamings, converters) that transformers knows for the model's class."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .passes.base import Pass
     from .runtime.engine import Engine
     from .runtime.errors import SmeltError, UserError
-    from .runtime.llm import LLM, Output
+    from .runtime.async_engine import AsyncEngine
+    from .runtime.llm import LLM
+    from .runtime.outputs import Output
     from .runtime.sampling_params import SamplingParams
     from .runtime.structured import Structured
 
@@ -31,7 +33,8 @@ _PUBLIC = {
     "Artifact": ("compiler.api", "Artifact"),
     "Engine": ("runtime.engine", "Engine"),
     "LLM": ("runtime.llm", "LLM"),
-    "Output": ("runtime.llm", "Output"),
+    "AsyncEngine": ("runtime.async_engine", "AsyncEngine"),
+    "Output": ("runtime.outputs", "Output"),
     "Pass": ("passes.base", "Pass"),
     "SamplingParams": ("runtime.sampling_params", "SamplingParams"),
     "SmeltError": ("runtime.errors", "SmeltError"),
@@ -44,6 +47,7 @@ _PUBLIC = {
 __all__ = [
     "LLM",
     "Artifact",
+    "AsyncEngine",
     "Engine",
     "Output",
     "Pass",
@@ -58,29 +62,26 @@ __all__ = [
 ]
 
 
-def load(
-    path: str | Path,
-    *,
-    kv_cache_tokens: int | None = None,
-    kv_cache_fraction: float | None = None,
-) -> LLM:
+def load(path: str | Path, **options: Any) -> LLM:
     """Open an artifact for generation.
 
-    kv_cache_tokens: tokens the KV cache holds over all sequences; kv_cache_fraction: of the free
-    memory (0.4 if neither is given). An artifact made for another machine or torch version is
-    rebuilt in place from its portable program, with a notice. Raises UserError or SmeltError.
+    options, all by name: kv_cache_tokens (tokens the KV cache holds over all sequences) or
+    kv_cache_fraction (of the free memory; 0.4 if neither is given); draft ("ngram" or the folder of
+    a smaller artifact) and draft_tokens; deterministic; prefix_cache; policy; max_tokens (of a
+    step): see `EngineOptions`. An artifact made for another machine or torch version is rebuilt in
+    place from its portable program, with a notice. Raises UserError or SmeltError.
     """
     from .runtime.errors import TargetMismatch
     from .runtime.llm import load as open_llm
 
     try:
-        return open_llm(path, kv_cache_tokens=kv_cache_tokens, kv_cache_fraction=kv_cache_fraction)
+        return open_llm(path, **options)
     except TargetMismatch as mismatch:
         print(f"smelt: {path}: {mismatch}; rebuilding it for this machine", file=sys.stderr)
     from .compiler.api import rebuild
 
     rebuild(Path(path))
-    return open_llm(path, kv_cache_tokens=kv_cache_tokens, kv_cache_fraction=kv_cache_fraction)
+    return open_llm(path, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from .spec import FORMATS, QuantSpec, Scheme
 smelt = torch.ops.smelt
 EXPERTS = smelt.experts.default
 MATRICES = ("gate_up", "down")
+SEVERAL_PLACES = "its weights are read in several places"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def find_experts(program: Program, spec: QuantSpec) -> list[Experts]:
         scheme = replace(spec.scheme(layer), activations="none")
         reason = None
         if any(len(weight.users) > 1 for weight in weights):
-            reason = "its weights are read in several places"
+            reason = SEVERAL_PLACES
         elif min(k, width) < spec.min_features:
             reason = f"too small ({2 * width} x {k})"
         elif not all(s.dtype.is_floating_point for s in specs):

@@ -3,9 +3,11 @@ rounding of its inputs. Asked with a weight's description, so that planning need
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import gcd
 from typing import Any
 
+from smelt.runtime.ops.experts_quantized import BLOCK_ROWS
 from smelt.runtime.ops.linear_w8a8 import MAX_K
 
 from .spec import Scheme
@@ -38,6 +40,36 @@ def kept_scheme(
     return Scheme("int8", 0, mode), None
 
 
+def kept_expert_scheme(
+    form: Mapping[str, Any], *, zeros: bool = False
+) -> tuple[Scheme | None, str | None]:
+    """`kept_scheme` of an expert's linear. The operator of experts leaves inputs as they are."""
+    scheme, reason = kept_scheme({**form, "inputs": None}, zeros=zeros)
+    if scheme is None:
+        return None, reason
+    return scheme, _left(form, "the operator of experts rounds none")
+
+
+NEXT_EXPERT = "a block of {} scales reaches into the next expert"
+
+
+def expert_block(block: int, rows: Iterable[int]) -> int | None:
+    """The largest square of weights, within `block`, whose float8 scales the operator of experts
+    can hold: each linear's rows must end with one. 0 stays; None where it is too small."""
+    for n in rows:
+        block = gcd(block, n) if block else 0
+    return block if block % BLOCK_ROWS == 0 else None
+
+
+def unfit_groups(group: int, k: int) -> str | None:
+    """Why the operator of experts cannot hold groups of integers, or None. group 0: whole rows."""
+    if group and k % group:
+        return "its groups have different sizes"
+    if group % BLOCK_ROWS and group != k:
+        return f"kernels read features {BLOCK_ROWS} at a time, and its groups have {group}"
+    return None
+
+
 def _float8(form: Mapping[str, Any]) -> tuple[Scheme | None, str | None]:
     group, rows = form["group"], form["rows"]
     if group and group != rows:
@@ -66,7 +98,7 @@ def _mode(form: Mapping[str, Any], kind: str, per: str) -> str | None:
     return "static" if inputs["per"] == "tensor" else None
 
 
-def _left(form: Mapping[str, Any]) -> str | None:
+def _left(form: Mapping[str, Any], why: str = "no operator rounds them so") -> str | None:
     """The remark about inputs that a checkpoint rounds and the operator does not."""
     inputs = form["inputs"]
     if inputs is None:
@@ -75,4 +107,4 @@ def _left(form: Mapping[str, Any]) -> str | None:
     size = f" of {inputs['group']}" if inputs["group"] else ""
     zeros = "" if inputs["symmetric"] else ", with zero points"
     words = f"{inputs['kind']}{inputs['bits']}, {how} per {inputs['per']}{size}{zeros}"
-    return f"its activations ({words}) stay as they are: no operator rounds them so"
+    return f"its activations ({words}) stay as they are: {why}"

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.mixtures import mixture
 from helpers.quantized import module, program_of
 
 from smelt.compiler.layers import kinds, layers
 from smelt.compiler.manager import PassManager
 from smelt.compiler.pipeline import PipelineConfig, pipeline
 from smelt.compiler.quantization import stage_for
-from smelt.models.quantized import Quantization, Rule, WeightForm
+from smelt.models.quantized import Inputs, Quantization, Rule, WeightForm
 from smelt.passes.quantize import QuantSpec
 
 NONE = QuantSpec()
@@ -89,3 +90,54 @@ def test_a_quantized_checkpoint_says_what_is_kept() -> None:
     weight = torch.nn.Linear(64, 96).weight
     up = next(layer for layer in found if layer.name == "model.layers.0.mlp.up_proj")
     assert up.saved == weight.numel() * 4 - (96 * 64 + 4 * 3 * 2)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_kept_experts_are_told_with_their_format(family: str) -> None:
+    form = WeightForm("awq", 4, group=32)
+    stored = Quantization("awq", (Rule(("Linear",), form),))
+    *_, experts = planned(mixture(family), NONE, stored)
+    assert (experts.layers, experts.count) == (
+        "model.layers.*.mlp.experts",
+        2,
+    )
+    assert (experts.format, experts.operator) == ("int4 g32", "experts_quantized")
+    assert (experts.provider, experts.note) == ("cpu", None)
+    inputs = Inputs("int", 8, True, "token")
+    form = WeightForm("plain", 8, symmetric=True, inputs=inputs)
+    *_, experts = planned(mixture(family), NONE, Quantization("x", (Rule(("Linear",), form),)))
+    assert experts.format == "int8"
+    assert (experts.note or "").endswith("the operator of experts rounds none")
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        (WeightForm("block", 8, "float", 128, 128, symmetric=True), "fp8 32 x 32"),
+        (WeightForm("block", 8, "float", 8, 8, symmetric=True), "a block of 8 scales reaches"),
+        (WeightForm("gptq", 8, group=32), "no operator yet for 8 bits with zero points"),
+        (WeightForm("gptq", 4, group=64), "its groups have different sizes"),
+        (WeightForm("gptq", 4, group=8), "kernels read features 16 at a time"),
+    ],
+)
+def test_experts_that_need_another_form(form: WeightForm, told: str) -> None:
+    stored = Quantization("x", (Rule(("Linear",), form),))
+    *_, experts = planned(mixture(), NONE, stored)
+    if told.startswith("fp8"):
+        assert (experts.format, experts.note) == (told, None)
+    else:
+        assert experts.format == "16 bit"
+        assert (experts.note or "").startswith(told)
+        assert (experts.note or "").endswith(": dequantized")
+
+
+def test_matrices_of_experts_in_different_formats_are_told() -> None:
+    rules = (
+        Rule(("re:.*w2$",), WeightForm("packed", 8, symmetric=True)),
+        Rule(("Linear",), WeightForm("packed", 4, group=32)),
+    )
+    *_, experts = planned(mixture(), NONE, Quantization("x", rules))
+    assert experts.note == "its matrices are stored in different formats: dequantized"
+    rules = (Rule(("re:.*w3$",), rules[0].form), rules[1])
+    *_, experts = planned(mixture(), NONE, Quantization("x", rules))
+    assert experts.note == "the checkpoint announces no one form for its experts: dequantized"

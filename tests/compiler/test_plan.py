@@ -147,7 +147,13 @@ def test_experts_count_matrix_by_matrix(tmp_path: Path) -> None:
     assert not int4.notes
     stored = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
     kept = plan(write(tmp_path, {**TINY, **mixtral, "num_local_experts": 4, **stored}))
+    assert kept.weights_bytes == int4.weights_bytes
+    assert not any("experts" in note for note in kept.notes)
+    asymmetric = {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": False}
+    sizes = {"num_local_experts": 4, "quantization_config": asymmetric}
+    kept = plan(write(tmp_path, {**TINY, **mixtral, **sizes}))
     assert "experts count as float16: dequantized" in kept.notes
+    assert kept.weights_bytes == plain.weights_bytes
 
 
 def test_a_quantized_checkpoint_counts_as_it_is(tmp_path: Path) -> None:

@@ -65,6 +65,41 @@ def test_both_backends_generate_the_same(
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(("format", "group"), [("int8", None), ("int8", 16), ("fp8", None)])
+def test_experts_of_8_bits_are_exported_one_by_one(
+    family: str, format: str, group: int | None, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"quant": "rtn", "format": format, "group_size": group}
+    smelt.compile(model(family), tmp_path / "out", backend="eager", **options)
+    done = smelt.export(tmp_path / "out", tmp_path / "ct")
+    assert (done.quantized, done.notes) == (2 * (4 + 3 * 4), ())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32).eval()
+    ids = torch.arange(3, 24) * 5 % 128
+    want = Stepper(Opened(tmp_path / "out"), {}, [ids]).step({0: 21})[0]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids[None]).logits[0], want, atol=1e-3, rtol=1e-3)
+
+
+def test_experts_in_blocks_of_scales_are_exported_dequantized(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    # gate_up has 192 rows: an expert's second block is not full.
+    options: dict[str, Any] = {"quant": "fp8", "group_size": 128}
+    sizes = {**SIZES, "num_hidden_layers": 1, "num_local_experts": 4}
+    smelt.compile(module("Mixtral", **sizes), tmp_path / "out", backend="eager", **options)
+    done = smelt.export(tmp_path / "out", tmp_path / "ct")
+    listed = [note for note in done.notes if "one scale a row only, in float8" in note]
+    assert len(listed) == 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32).eval()
+    ids = torch.arange(3, 24) * 5 % 128
+    want = Stepper(Opened(tmp_path / "out"), {}, [ids]).step({0: 21})[0]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids[None]).logits[0], want, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize(("format", "group"), [("int4", 32), ("int3", 16)])
 def test_experts_are_exported_dequantized(format: str, group: int, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
@@ -84,7 +119,7 @@ def test_experts_are_exported_dequantized(format: str, group: int, tmp_path: Pat
         return
     done = smelt.export(tmp_path / "out", tmp_path / "ct")
     assert done.quantized == 2 * 4  # the layers' attention
-    listed = [note for note in done.notes if "holds a layer's experts as one parameter" in note]
+    listed = [note for note in done.notes if "loads experts without zero points only" in note]
     assert len(listed) == 4
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32).eval()

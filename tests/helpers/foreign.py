@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from helpers import mixtures
 from helpers.quantized import module
 from safetensors.torch import save_file
 
@@ -122,19 +123,26 @@ def write(
     quantizer: Quantizer,
     only: Callable[[str], bool] = lambda name: True,
 ) -> torch.nn.Module:
-    """Write `model` with its linears replaced by what `quantizer` makes of them; returns the model
-    with the weights those stand for."""
+    """Write `model` with its linears, those of experts too, replaced by what `quantizer` makes of
+    them; returns the model with the weights those stand for."""
     folder.mkdir(parents=True, exist_ok=True)
     reference = copy.deepcopy(model)
     state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    experts = mixtures.apart(model)
+    if experts:
+        state = mixtures.renamed(model, state)
+        state |= {f"{path}.weight": weight.clone() for path, weight in experts.items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    for name in linears(model):
+    for name in (*linears(model), *experts):
         if not only(name):
             continue
         tensors, weight = quantizer(name, state.pop(f"{name}.weight"))
         state |= {f"{name}.{leaf}": value for leaf, value in tensors.items()}
-        reference.get_submodule(name).weight.data = weight.to(torch.float32)
+        if name in experts:
+            mixtures.put(reference, name, weight.to(torch.float32))
+        else:
+            reference.get_submodule(name).weight.data = weight.to(torch.float32)
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
     raw = {**model.config.to_dict(), "quantization_config": config}
     (folder / "config.json").write_text(json.dumps(raw))
@@ -168,7 +176,10 @@ def awq(
 
 
 def fp8(
-    folder: Path, sizes: tuple[int, int] | None = (128, 128), input_scale: float | None = None
+    folder: Path,
+    sizes: tuple[int, int] | None = (128, 128),
+    input_scale: float | None = None,
+    model: Any = None,
 ) -> torch.nn.Module:
     """DeepSeek's layout: float8_e4m3fn, and a float32 scale to multiply with for every block;
     sizes None: one scale a tensor. input_scale: of static activations, the same for all layers."""
@@ -195,7 +206,7 @@ def fp8(
     config = {"quant_method": "fp8", "fmt": "e4m3"}
     config["activation_scheme"] = "dynamic" if input_scale is None else "static"
     config |= {"weight_block_size": list(sizes) if sizes else None}
-    return write(folder, module("Llama"), config, quantizer)
+    return write(folder, model or module("Llama"), config, quantizer)
 
 
 def gptq(
@@ -209,7 +220,8 @@ def gptq(
     group: int = 32,
     **changes: Any,
 ) -> torch.nn.Module:
-    """order: "features" (desc_act), "groups" (whole groups change places), or none."""
+    """order: "features" (desc_act), "groups" (whole groups change places), or none. With "features"
+    all experts' gate and up have one order, with "experts" each expert has its own."""
 
     def quantizer(name: str, w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         k = w.shape[1]
@@ -217,9 +229,13 @@ def gptq(
         if order:
             # Layers that read one input have one Hessian, and so one order.
             kind = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 1, "up_proj": 1}
-            leaf = name.rpartition(".")[2]
-            random = np.random.default_rng(kind.get(leaf, 2) + 10 * int(name.split(".")[2]))
-            if order == "features":
+            kind |= {"w1": 1, "w3": 1}
+            _, _, layer, *_, expert, leaf = name.split(".")
+            seed = kind.get(leaf, 2) + 10 * int(layer)
+            if expert.isdigit() and (kind.get(leaf, 2) == 2 or order == "experts"):
+                seed += 1000 * (1 + int(expert))
+            random = np.random.default_rng(seed)
+            if order != "groups":
                 of = random.permutation(of)
             else:
                 of = random.permutation(of.max() + 1)[of]

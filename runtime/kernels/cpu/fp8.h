@@ -158,3 +158,28 @@ void fp8(const Fp8& q, int64_t first, int64_t last) {
     fp8_blocks<std::remove_pointer_t<decltype(t)>>(q, first, last);
   });
 }
+
+// Rows of the dense weight, [16 rows a block, k]. A tile at a time, so that what is written with
+// the features apart is still in the cache when it is read back in rows.
+void fp8_dequantize(const Fp8& q, int64_t first, int64_t last, void* to) {
+  constexpr int64_t kTile = 32;
+  with_type(q.type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    T tile[kTile][kLanes];
+    for (int64_t block = first; block < last; block++) {
+      T* out = (T*)to + (block - first) * kLanes * q.k;
+      const uint8_t* packed = q.packed + block * q.k * kLanes;
+      for (int64_t g = 0; g < q.groups; g++) {
+        const V scale = load(q.scales + (block * q.groups + g) * kLanes);
+        const int64_t end = smaller((g + 1) * q.group, q.k);
+        for (int64_t i = g * q.group; i < end; i += kTile) {
+          const int64_t count = smaller(kTile, end - i);
+          for (int64_t j = 0; j < count; j++)
+            store(tile[j], mul(load_e4m3(packed + (i + j) * kLanes), scale));
+          for (int64_t row = 0; row < kLanes; row++)
+            for (int64_t j = 0; j < count; j++) out[row * q.k + i + j] = tile[j][row];
+        }
+      }
+    }
+  });
+}

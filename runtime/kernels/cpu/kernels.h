@@ -126,6 +126,8 @@ struct Kernels {
   int64_t (*fp8_scratch)(const Fp8&);
   void (*fp8_prepare)(const Fp8&, int64_t first_row, int64_t last_row);
   void (*fp8)(const Fp8&, int64_t first_block, int64_t last_block);
+  // The dense weight's rows of whole blocks, [16 rows a block, k] of `type`.
+  void (*fp8_dequantize)(const Fp8&, int64_t first_block, int64_t last_block, void* to);
   // out[n] = act(wide[:n]) * wide[n:2n]
   void (*gate)(Type, Activation, const void* wide, void* out, int64_t n);
   // out[n] = sum of weights[i] * rows[places[i], :n], in the order of i

@@ -1,8 +1,9 @@
 // A layer of routed experts: experts_dense and experts_quantized_blocked.
 //
 // The pairs (token, one of its experts) are sorted by expert, and each expert's rows go through its
-// two products together; a token's results are then added in the order of its own choices. No sum
-// depends on which other tokens there are: torch's matrix products, whose sums do, are not used.
+// two products together; a token's results are then added in the order of its own choices. With our
+// kernels no sum depends on which other tokens there are. An expert that many tokens chose goes
+// through torch's matrix product instead, whose sums may.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/string_view.h>
@@ -14,6 +15,7 @@
 
 #include "arguments.h"
 #include "kernels.h"
+#include "many_rows.h"
 #include "parallel.h"
 #include "types.h"
 
@@ -36,12 +38,13 @@ struct Portion {
 struct Routing {
   std::vector<int64_t> token;    // of each pair, pairs in the order of experts
   std::vector<int64_t> place;    // of a token's choice in that order, [tokens, top]
-  std::vector<int64_t> portion;  // of each pair
+  std::vector<int64_t> portion;  // of each pair, -1 where its expert has many
   std::vector<Portion> portions;
+  std::vector<Portion> large;  // the experts that have many, whole
 };
 
-// index [tokens, top]; pairs of one expert stay in the order of tokens.
-Routing route(const int64_t* index, int64_t tokens, int64_t top, int64_t experts) {
+// index [tokens, top]; pairs of one expert stay in the order of tokens. many: see Routing.
+Routing route(const int64_t* index, int64_t tokens, int64_t top, int64_t experts, int64_t many) {
   const int64_t pairs = tokens * top;
   std::vector<int64_t> next(experts + 1, 0);
   for (int64_t i = 0; i < pairs; i++) {
@@ -50,8 +53,13 @@ Routing route(const int64_t* index, int64_t tokens, int64_t top, int64_t experts
     next[index[i] + 1]++;
   }
   for (int64_t e = 0; e < experts; e++) next[e + 1] += next[e];
-  Routing r{std::vector<int64_t>(pairs), std::vector<int64_t>(pairs), std::vector<int64_t>(pairs), {}};
+  Routing r{std::vector<int64_t>(pairs), std::vector<int64_t>(pairs), std::vector<int64_t>(pairs), {}, {}};
   for (int64_t e = 0; e < experts; e++) {
+    if (next[e + 1] - next[e] >= many) {
+      std::fill(r.portion.begin() + next[e], r.portion.begin() + next[e + 1], -1);
+      r.large.push_back({e, next[e], next[e + 1] - next[e]});
+      continue;
+    }
     for (int64_t first = next[e]; first < next[e + 1]; first += kRowsAtOnce) {
       const int64_t count = std::min(kRowsAtOnce, next[e + 1] - first);
       std::fill_n(r.portion.begin() + first, count, (int64_t)r.portions.size());
@@ -119,12 +127,12 @@ void multiply(const Kernels& run, const Fp8& q, int64_t first, int64_t last) {
 
 int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// Each portion's product, with its place in rows, out and the buffer of prepared rows.
+// Each portion's product, with its place in rows and out.
 template <class Q>
-std::vector<Q> products(const Q& all, const Routing& routing, void* Q::*packed, const char* rows,
-                        char* out) {
+std::vector<Q> products(const Q& all, const std::vector<Portion>& portions, void* Q::*packed,
+                        const char* rows, char* out) {
   std::vector<Q> found;
-  for (const Portion& p : routing.portions) {
+  for (const Portion& p : portions) {
     Q q = of_expert(all, p.expert);
     q.m = p.count;
     q.x = rows + p.first * q.k * bytes_of(q.type);
@@ -139,7 +147,7 @@ std::vector<Q> products(const Q& all, const Routing& routing, void* Q::*packed, 
 template <class Q, class Fill>
 void multiply_all(const Kernels& run, const Q& all, const Routing& routing, void* Q::*packed,
                   char* rows, char* out, const Fill& fill) {
-  std::vector<Q> parts = products(all, routing, packed, rows, out);
+  std::vector<Q> parts = products(all, routing.portions, packed, rows, out);
   std::vector<int64_t> starts;
   int64_t bytes = 0;
   for (const Q& q : parts) {
@@ -154,7 +162,8 @@ void multiply_all(const Kernels& run, const Q& all, const Routing& routing, void
     for (int64_t pair = first; pair < last; pair++) {
       const int64_t portion = routing.portion[pair];
       fill(pair, rows + pair * row_bytes);
-      prepare(run, parts[portion], pair - routing.portions[portion].first);
+      if (portion >= 0)
+        prepare(run, parts[portion], pair - routing.portions[portion].first);
     }
   });
 
@@ -176,6 +185,7 @@ void multiply_all(const Kernels& run, const Q& all, const Routing& routing, void
   for_tasks((int64_t)tasks.size(), work > kWorthThreads, [&](int64_t i) {
     multiply(run, parts[tasks[i].part], tasks[i].first, tasks[i].last);
   });
+  for (const Q& q : products(all, routing.large, packed, rows, out)) multiply_many(run, q);
 }
 
 Activation activation_of(c10::string_view kind) {
@@ -204,9 +214,10 @@ Tensor run_experts(const Tensor& x, const Tensor& index, const Tensor& weight, Q
   const int64_t pair_bytes = (wide + 2 * width + k) * size + 4 * round_up(wide, 32);
   const int64_t fit = kBufferBytes / std::max<int64_t>(1, pair_bytes * top);
   const int64_t at_once = std::min(tokens, std::max(kRowsAtOnce, fit));
+  const int64_t many = many_rows(run, gate_up);
   for (int64_t token = 0; token < tokens; token += at_once) {
     const int64_t count = std::min(at_once, tokens - token), pairs = count * top;
-    const Routing r = route(chosen.const_data_ptr<int64_t>() + token * top, count, top, experts);
+    const Routing r = route(chosen.const_data_ptr<int64_t>() + token * top, count, top, experts, many);
     const char* from = (const char*)rows.const_data_ptr() + token * k * size;
     char* in = (char*)thread_buffer<4>(pairs * (wide + 2 * width + k) * size + 128);
     char* middle = in + round_up(pairs * wide * size, 64);

@@ -52,7 +52,7 @@ const Kernels table = {
     SMELT_TEXT(SMELT_ISA), dense_scratch,    dense_prepare,   dense,
     quantized_scratch,     quantized_prepare, quantized_rows, quantized, dequantize,
     w8a8_scratch,          w8a8_prepare,      w8a8,
-    fp8_scratch,           fp8_prepare,       fp8,
+    fp8_scratch,           fp8_prepare,       fp8,             fp8_dequantize,
     gate,                  combine,
     attention_scratch,     attention_state,   attention_chunk, attention_merge,
     attention_finish,      convert,           quantize,

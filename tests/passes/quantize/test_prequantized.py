@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,13 @@ import pytest
 import torch
 from helpers import foreign
 from helpers.check_pass import check_pass
-from helpers.quantized import module
-from helpers.tiny import Subject, clone_program
+from helpers.kept import IDS, bound, expected, weights_of
 from safetensors.torch import load_file, save_file
 
-from smelt.compiler.manager import PassManager
-from smelt.compiler.pipeline import PipelineConfig, pipeline
-from smelt.compiler.stored import read_stored
-from smelt.compiler.trace import export, program_from_export
-from smelt.compiler.weights import bind, checkpoint_specs
-from smelt.models.checkpoint import Checkpoint
-from smelt.passes.program import Program
-from smelt.passes.quantize import KeepQuantized, PrequantizedOptions, QuantSpec
+from smelt.passes.quantize import KeepQuantized, PrequantizedOptions
 from smelt.passes.rewrite import shape
 from smelt.runtime.errors import SmeltError
 
-IDS = torch.arange(3, 27) * 5 % 128
 # Sums in another order move values to a neighbour when a layer's input is rounded.
 ROUNDING = 2e-3
 CHANNEL = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -37,35 +27,6 @@ W8A8 = {"smelt.linear_w8a8": 8}
 FP8 = {"smelt.linear_fp8": 8}
 PLAIN = {"aten.linear": 9}
 FUSED = "model.layers.0.self_attn.q_proj+k_proj+v_proj"
-
-
-@functools.cache
-def traced() -> tuple[Any, Program]:
-    model = module("Llama")
-    return model, program_from_export(export(model), model, model.config)
-
-
-def bound(folder: Path, model: Any = None) -> Subject:
-    """The program of a quantized folder just before its quantization stage."""
-    if model is None:
-        model, plain = traced()
-    else:
-        plain = program_from_export(export(model), model, model.config)
-    checkpoint = Checkpoint(folder)
-    stored = checkpoint_specs(checkpoint)
-    quantized = read_stored(folder, checkpoint, QuantSpec())
-    assert quantized is not None
-    program = clone_program(plain)
-    bind(program.weights, stored, model, "here", quantized)
-    stages = pipeline(PipelineConfig())
-    names = [stage.pass_.name for stage in stages]
-    PassManager(stages[: names.index("keep-logits-rows")]).run(program)
-    return Subject(program, checkpoint, IDS)
-
-
-def expected(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS[None]).logits[0]
 
 
 def kept(
@@ -86,11 +47,6 @@ def kept(
     )
     torch.testing.assert_close(checked.logits, expected(reference), atol=atol, rtol=1e-4)
     return [note for note in checked.record["notes"] if "layer" in note]
-
-
-def weights_of(subject: Subject) -> dict[str, torch.Tensor]:
-    names = subject.program.used_weights()
-    return dict(subject.program.weights.materialize(names, subject.source))
 
 
 def test_awq(tmp_path: Path) -> None:
@@ -322,42 +278,6 @@ def test_a_module_left_alone_stays_and_its_siblings_do_not_join_it(tmp_path: Pat
     assert reasons["model.layers.0.self_attn.k_proj"] == "the checkpoint holds it at 16 bit"
     values = {"input_ids": IDS, "position_ids": torch.arange(len(IDS))}
     found = subject.program.run(values, weights_of(subject))[0]
-    torch.testing.assert_close(found, expected(reference), atol=1e-4, rtol=1e-4)
-
-
-def test_experts_of_a_quantized_mixture_are_dequantized(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model: Any = module("Mixtral", num_local_experts=4, num_experts_per_tok=2)
-    plain, packed = tmp_path / "plain", tmp_path / "packed"
-    model.save_pretrained(plain)
-    state = load_file(plain / "model.safetensors")
-    stored = dict(state)
-    experts = [name for name in state if ".experts." in name]
-    assert len(experts) == 2 * 4 * 3  # the checkpoint holds them one by one
-    for name in experts:
-        made = foreign.integers(stored.pop(name), group=32)
-        path = name.removesuffix(".weight")
-        stored |= {f"{path}.{leaf}": t for leaf, t in foreign.awq_tensors(made).items()}
-        state[name] = made.weight()
-    save_file(state, plain / "model.safetensors", metadata={"format": "pt"})
-    packed.mkdir()
-    save_file(stored, packed / "model.safetensors")
-    config = json.loads((plain / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
-    (packed / "config.json").write_text(json.dumps(config))
-    subject = bound(packed, model)
-    result = KeepQuantized().run(subject.program, PrequantizedOptions(subject.source))
-    reason = "dequantized: the integers of a checkpoint's experts are not kept"
-    notes = {note["layer"]: note for note in result.notes if "layer" in note}
-    for layer in range(2):
-        note = notes[f"model.layers.{layer}.mlp.experts"]
-        assert (note["format"], note["reason"]) == ("16 bit", reason)
-    assert f"experts ({reason})" in result.notes[-1]["summary"]
-    found = subject.program.run(
-        {"input_ids": IDS, "position_ids": torch.arange(len(IDS))}, weights_of(subject)
-    )[0]
-    reference = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     torch.testing.assert_close(found, expected(reference), atol=1e-4, rtol=1e-4)
 
 

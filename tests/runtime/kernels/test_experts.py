@@ -18,6 +18,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 FORMATS = [("int4", 16), ("int4", 0), ("int3", 16), ("int2", 16), ("int8", 0), ("int8", 16)]
 FORMATS += [("fp8", 0), ("fp8", 32)]
 TOKENS = (0, 1, 2, 9, 90)
+# Rows of one expert from which on torch multiplies in bfloat16 (many_rows.h).
+MANY = {"dense": 64, "fp8": 96}
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -113,13 +115,46 @@ def test_a_token_does_not_depend_on_its_neighbours_or_on_threads(
     for name, layer in _layers(experts, k, width, dtype).items():
         alone = torch.cat([layer(x[i, None], index[i, None], share[i, None]) for i in range(150)])
         try:
+            # From MANY rows of an expert on, torch multiplies: its sums may depend on their number.
+            most = (
+                150 if dtype is torch.float32 or name not in MANY else 2 * min(MANY.values()) // 3
+            )
             for count in (1, 3):
                 torch.set_num_threads(count)
-                for tokens in (2, 5, 150):
+                for tokens in (2, 5, most):
                     got = layer(x[:tokens], index[:tokens], share[:tokens])
                     assert torch.equal(got, alone[:tokens]), (name, tokens, count)
         finally:
             torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [0, 16, 48])
+@pytest.mark.parametrize("kind", list(MANY))
+def test_experts_with_many_rows_beside_experts_with_few(
+    isa: str, kind: str, group: int, dtype: torch.dtype
+) -> None:
+    """One expert has as many rows as it takes, one has one fewer, one has none."""
+    torch.manual_seed(0)
+    many, k, width = MANY[kind], 144, 96
+    layer = random_layer("fp8", 5, k, width, group)
+    gate_up, down = (w.to(dtype) for w in layer.dense())
+    chosen = [0] * many + [1] * (many - 1) + [2] * (3 * many) + [4]
+    order = torch.randperm(len(chosen))
+    index = torch.tensor(chosen)[order][:, None]
+    x, share = torch.randn(len(chosen), k).to(dtype), torch.rand(len(chosen), 1)
+
+    def run(*rows: torch.Tensor) -> torch.Tensor:
+        if kind == "dense":
+            return smelt.experts_dense(*rows, gate_up, down, "silu")
+        return smelt.experts_quantized_blocked(*rows, *layer.blocked())
+
+    found = run(x, index, share)
+    weights = (gate_up, down) if kind == "dense" else layer.dense()
+    _close(found, _exact(x, index, share, *weights, kind="silu"))
+    few = (index == 1).flatten()
+    alone = [run(x[i, None], index[i, None], share[i, None]) for i in few.nonzero().flatten()]
+    assert torch.equal(found[few], torch.cat(alone))
 
 
 def test_more_tokens_than_the_buffers_hold(isa: str) -> None:
