@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from smelt.runtime.batch import ROPE_INPUT, LengthScaling
 
@@ -45,18 +46,25 @@ class InsertRopeLengths(Pass):
         nodes = program.calls(torch.ops.smelt.sequence_length.default)
         if not nodes or program.caches is None:
             return result
-        positions, kind, limit = nodes[0].args
-        scaling = LengthScaling(str(kind), int(limit))  # type: ignore[arg-type]
-        program.caches = replace(program.caches, rope=scaling)
-        with program.fake_mode:
-            value = torch.empty_like(program.input("position_ids").meta["val"])
-        lengths = program.add_input(ROPE_INPUT, Role.BATCH, value)
+        scaling = program.caches.rope
+        if scaling is None:
+            scaling = _scaling(nodes[0])
+            program.caches = replace(program.caches, rope=scaling)
+            with program.fake_mode:
+                value = torch.empty_like(program.input("position_ids").meta["val"])
+            program.add_input(ROPE_INPUT, Role.BATCH, value)
+        lengths = program.input(ROPE_INPUT)
         for node in nodes:
             result.matched += 1
-            if node.args[1:] != (kind, limit):
-                result.decline(node, f"expected {kind} beyond {limit}, found {node.args[1:]}")
+            if _scaling(node) != scaling:
+                result.decline(node, f"expected {scaling}, found {_scaling(node)}")
                 continue
             program.replace(node, lengths)
             program.graph.erase_node(node)
             result.rewritten += 1
         return result
+
+
+def _scaling(node: fx.Node) -> LengthScaling:
+    _, kind, limit = node.args
+    return LengthScaling(str(kind), int(limit))  # type: ignore[call-overload]
