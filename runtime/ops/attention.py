@@ -112,8 +112,8 @@ def cached_attention(
     block_table int32 [B, M] -> [T, H, D] in q's dtype. Row i of sequence b stands at position
     seq_lens[b] - (query_start[b+1] - query_start[b]) + i. Rows outside every sequence give zeros.
     tree_mask, bool [T, W]: column j says whether a row sees the j-th token that its own sequence
-    brings in this step; earlier tokens are always seen, and the window does not apply within the
-    tree. None, or W = 0: the step's tokens are seen like all others.
+    brings in this step, itself included; it stands in the text behind those. None, or W = 0: the
+    step's tokens are seen like all others.
     """
     _write(kv_cache, slot_mapping, k.to(kv_cache.dtype), v.to(kv_cache.dtype))
     return _attend_sequences(
@@ -197,8 +197,14 @@ def _attend_sequences(
             values = dequantize_rows(values, format, size)
         key_positions = torch.arange(length, device=q.device)
         before = length - (last - first)
-        visible = _causal(key_positions[before:], key_positions, window)
+        tree = None
         if tree_mask is not None and tree_mask.shape[1]:
-            visible[:, before:] = tree_mask[first:last, : last - first]
+            tree = tree_mask[first:last, : last - first]
+            key_positions[before:] = before + tree.sum(1) - 1
+        visible = _causal(key_positions[before:], key_positions, window)
+        if tree is not None:
+            positions = key_positions[before:]
+            near = positions[:, None] - positions < window if window > 0 else True
+            visible[:, before:] = tree & near
         out[first:last] = _attend(q[first:last], keys, values, visible, scale, softcap, sinks)
     return out

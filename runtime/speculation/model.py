@@ -85,18 +85,10 @@ class ModelDrafter:
                 room = min(room, most)
             if shadow is not None and min(count, room) > 0:
                 asked.append((sequence, shadow, min(count, room)))
-        ready = self._read(asked)
         for done in range(max((count for *_, count in asked), default=0)):
-            active = [(s, d) for s, d, n in asked if d in ready and len(d.drafted) == done < n]
-            active = [
-                (s, d)
-                for s, d in active
-                if self._alive(d) and self._grow(d, len(d.sequence.tokens))
-            ]
-            active = [(s, d) for s, d in active if self._alive(d)]
-            if not active:
+            active = [(s, d) for s, d, n in asked if len(d.drafted) == done < n]
+            if not self._step(active):
                 break
-            self._step(active)
         return [self._proposal(sequence) for sequence in sequences]
 
     def observe(self, sequence: Sequence, features: torch.Tensor) -> None: ...
@@ -131,42 +123,38 @@ class ModelDrafter:
             table.slide(shadow.known)
         return shadow
 
-    def _read(self, asked: list[tuple[Sequence, _Shadow, int]]) -> set[_Shadow]:
-        """Let the cache catch up but for the last token; returns whoever is ready to draft."""
+    def _step(self, active: list[tuple[Sequence, _Shadow]]) -> bool:
+        """Read what is pending and draft one more token for each; False if nobody got one."""
         budget = self.program.layout.max_tokens
-        chunks, ready = [], set()
-        for _, shadow, _ in asked:
+        chunks = []
+        for _, shadow in active:
             own = shadow.sequence
-            count = min(own.pending - 1, budget)
-            if self._alive(shadow) and count > 0 and self._grow(shadow, own.computed + count):
-                chunks.append(Chunk(own, own.computed, count, 0))
+            count = min(own.pending, budget)
+            # Another one's growth may have taken this one's blocks.
+            if own.tables and count and self._grow(shadow, own.computed + count):
+                chunks.append(Chunk(own, own.computed, count, int(count == own.pending)))
                 budget -= count
-            if count == own.pending - 1:
-                ready.add(shadow)
         chunks = [chunk for chunk in chunks if chunk.sequence.tables]
-        if chunks:
-            self.program.run(self.builder.build(chunks), self.caches)
-            for chunk in chunks:
-                chunk.sequence.computed += chunk.count
-        for _, shadow, _ in asked:
-            shadow.known = shadow.sequence.computed
-        return {shadow for shadow in ready if shadow.sequence.pending == 1}
-
-    def _alive(self, shadow: _Shadow) -> bool:
-        """Whether it still has its blocks: another one's growth may have taken them."""
-        return bool(shadow.sequence.tables)
-
-    def _step(self, active: list[tuple[Sequence, _Shadow]]) -> None:
-        """One more token for each."""
-        chunks = [Chunk(d.sequence, d.sequence.computed, 1, 1) for _, d in active]
+        if not chunks:
+            return False
         logits = self.program.run(self.builder.build(chunks), self.caches)
-        logits = _fit(logits, self.vocab_size)
+        drafting = {chunk.sequence for chunk in chunks if chunk.rows}
+        for chunk in chunks:
+            chunk.sequence.computed += chunk.count
+        self._pick([(s, d) for s, d in active if d.sequence in drafting], logits)
+        return bool(drafting)
+
+    def _pick(self, active: list[tuple[Sequence, _Shadow]], logits: torch.Tensor) -> None:
+        """Choose the token behind each row of logits."""
         rows = []
         for sequence, shadow in active:
             assert sequence.sampler is not None
             rows.append(Row(sequence.sampler, sequence.tokens, tuple(shadow.drafted)))
+        if not rows:
+            return
+        logits = _fit(logits, self.vocab_size)
         if all(row.state.greedy for row in rows):
-            picked = sample(logits, rows)
+            picked, q = sample(logits, rows), None
         else:
             q = distributions(process(logits, rows), rows)
             uniforms = [
@@ -174,13 +162,14 @@ class ModelDrafter:
             ]
             picked = draw(q, uniforms)
         for i, (_, shadow) in enumerate(active):
-            shadow.sequence.computed += 1
             token = picked[i]
             if token is None:  # the draft's logits are no numbers: it has nothing to say
                 continue
+            if not shadow.drafted:
+                shadow.known = shadow.sequence.computed
             shadow.drafted.append(token)
             shadow.sequence.tokens.append(token)
-            if not rows[i].state.greedy:
+            if q is not None and not rows[i].state.greedy:
                 shadow.q.append(q[i])
 
     def _proposal(self, sequence: Sequence) -> Proposal | None:
@@ -203,6 +192,8 @@ class ModelDrafter:
 def _fit(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Logits of the model's width: vocabularies are padded to different multiples."""
     missing = vocab_size - logits.shape[1]
-    if missing <= 0:
+    if missing == 0:
+        return logits
+    if missing < 0:
         return logits[:, :vocab_size]
     return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))

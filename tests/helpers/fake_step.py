@@ -125,7 +125,7 @@ class FakeStep:
             args = (
                 *(q, k, v, caches[layer], batch.slot_mapping[group]),
                 *(batch.query_start, batch.seq_lens, batch.block_tables[group]),
-                *(SIZE**-0.5, window, 0.0, None, None),
+                *(SIZE**-0.5, window, 0.0, None, batch.tree_mask),
             )
             if self.spec.format == "auto":
                 attended = torch.ops.smelt.cached_attention(*args)

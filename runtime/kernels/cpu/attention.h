@@ -187,18 +187,30 @@ inline void load_values(const Attention& a, const int64_t* rows, int64_t count, 
   }
 }
 
+// Where a token of a tree stands in its text: behind those of this step that it sees.
+inline int64_t tree_position(const Attention& a, const Tile& t, const bool* seen) {
+  int64_t count = 0;
+  for (int64_t i = 0; i <= t.last_key - t.before; i++) count += seen[i];
+  return t.before + count - 1;
+}
+
 // Hide the keys that a row's token does not see: after it, left of the window, off its tree branch.
 inline void hide(const Attention& a, const Tile& t, int64_t row, int64_t first, int64_t count,
                  float* scores) {
-  const int64_t token = row / (a.heads / a.kv_heads), position = t.position + token;
+  const int64_t token = row / (a.heads / a.kv_heads);
   const bool* tree = a.tree ? a.tree + (t.row + token) * a.tree_row : nullptr;
+  const bool* own = a.tree ? a.tree + (t.row - t.position + t.before) * a.tree_row : nullptr;
+  const int64_t position = tree ? tree_position(a, t, tree) : t.position + token;
   const int64_t oldest = a.window > 0 ? position - a.window + 1 : 0;
   const bool whole = first >= oldest && first + count - 1 <= position &&
                      (!tree || first + count <= t.before);
   for (int64_t j = whole ? count : 0; j < count; j++) {
     const int64_t key = first + j;
     bool seen = key >= oldest && key <= position;
-    if (tree && key >= t.before) seen = tree[key - t.before];
+    if (tree && key >= t.before) {
+      const int64_t i = key - t.before;
+      seen = tree[i] && (a.window <= 0 || tree_position(a, t, own + i * a.tree_row) >= oldest);
+    }
     if (!seen) scores[j] = kHidden;
   }
   for (int64_t j = count; j < kKeys; j++) scores[j] = kHidden;

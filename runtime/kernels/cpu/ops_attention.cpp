@@ -72,7 +72,7 @@ std::vector<Tile> tiles_of(const Attention& a, const Batch& batch) {
       t.first_key = a.window > 0 ? std::max<int64_t>(0, t.position - a.window + 1) : 0;
       t.last_key = t.position + t.tokens - 1;
       if (a.tree) {
-        t.first_key = std::min(t.first_key, before);
+        t.first_key = a.window > 0 ? std::max<int64_t>(0, before - a.window + 1) : 0;
         t.last_key = length - 1;
       }
       for (t.kv_head = 0; t.kv_head < a.kv_heads; t.kv_head++) tiles.push_back(t);
