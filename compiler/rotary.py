@@ -63,8 +63,8 @@ class Rotary:
             width = 2 * self.short.shape[0]
             # Clamped, for a power of what is negative would be NaN where nobody wants it.
             grown = factor * lengths.clamp(min=limit) / limit - (factor - 1)
-            base = base * grown ** (width / (width - 2))
-            long = 1.0 / base[:, None] ** self.long
+            bases = base * grown ** (width / (width - 2))
+            long = 1.0 / bases[:, None] ** self.long
         return torch.where((lengths > limit)[:, None], long, self.short)
 
     def own(self, name: str) -> Any:

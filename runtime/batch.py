@@ -199,12 +199,15 @@ class Batch:
         """From tensors by the names of `step_input_names`."""
         groups = range(len(spec.groups))
         return cls(
-            *(values[name] for name in (*TOKEN_INPUTS, "query_start", "seq_lens")),
-            [values[f"slot_mapping_{g}"] for g in groups],
-            [values[f"block_tables_{g}"] for g in groups],
-            values[ROW_INPUT],
-            values["tree_mask"],
-            values[ROPE_INPUT] if spec.rope is not None else None,
+            input_ids=values["input_ids"],
+            position_ids=values["position_ids"],
+            query_start=values["query_start"],
+            seq_lens=values["seq_lens"],
+            slot_mapping=[values[f"slot_mapping_{g}"] for g in groups],
+            block_tables=[values[f"block_tables_{g}"] for g in groups],
+            logits_rows=values[ROW_INPUT],
+            tree_mask=values["tree_mask"],
+            rope_lens=values[ROPE_INPUT] if spec.rope is not None else None,
         )
 
     def tensors(self) -> list[torch.Tensor]:

@@ -67,4 +67,4 @@ class InsertRopeLengths(Pass):
 
 def _scaling(node: fx.Node) -> LengthScaling:
     _, kind, limit = node.args
-    return LengthScaling(str(kind), int(limit))  # type: ignore[call-overload]
+    return LengthScaling(str(kind), int(limit))  # type: ignore[arg-type]

@@ -125,6 +125,13 @@ def test_two_ways_at_once_are_refused() -> None:
         length_rotaries(modules)
 
 
+def test_a_model_with_rotary_code_of_its_own_is_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.config = rotary_config("dynamic")
+    with pytest.raises(RotaryError, match="Linear uses dynamic rotary scaling in a module of its"):
+        length_rotaries(model)
+
+
 def test_the_module_gets_its_forward_back() -> None:
     module = rotary_module("longrope")
     with rotation_by_token(torch.nn.ModuleList([module])):

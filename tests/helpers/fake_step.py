@@ -94,8 +94,8 @@ def rowwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class FakeStep:
     """`StepProgram` over `FakeModel`: layer i sees windows[i] tokens (0: all).
 
-    format: of the cache; the oracle rounds what the cache would. rope: what a position means depends
-    on the length of the sequence.
+    format: of the cache; the oracle rounds what the cache would. rope: what a position means
+    depends on the length of the sequence.
     """
 
     def __init__(

@@ -29,8 +29,8 @@ class Stepper:
     """A cached or lowered program run eagerly over sequences whose blocks interleave.
 
     Block tables are dealt out so that neighbouring blocks of the pool belong to different sequences
-    and no sequence's blocks are in order; each cache group has a table of its own. prompts: how many
-    tokens of each sequence are its prompt, where rotary factors depend on it; all of them otherwise.
+    and no sequence's blocks are in order; each cache group has a table of its own. prompts: how
+    many tokens of each sequence are its prompt, where rotary factors depend on it; else all.
     """
 
     def __init__(

@@ -185,7 +185,7 @@ def test_prefixes_are_shared_within_a_regime_and_never_across(kind: str) -> None
     assert reused(whole[:24]) == 20  # both below the limit
     assert reused(whole[:40]) == 0  # beyond it: other keys
     assert reused(whole[:20]) == 19
-    again = whole[:39] + [whole[39] ^ 1]  # as long as one before
+    again = [*whole[:39], whole[39] ^ 1]  # as long as one before
     assert reused(again) == 39
     assert reused(whole[:50]) == (40 if kind == LONGROPE else 0)
 
