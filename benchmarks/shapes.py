@@ -35,6 +35,7 @@ class Shape:
     vocab: int
     tied: bool
     group: int
+    context: int = CONTEXT
 
     def config(self) -> dict[str, Any]:
         """Arguments of transformers' LlamaConfig."""
@@ -46,7 +47,7 @@ class Shape:
             "intermediate_size": self.intermediate,
             "vocab_size": self.vocab,
             "tie_word_embeddings": self.tied,
-            "max_position_embeddings": CONTEXT,
+            "max_position_embeddings": self.context,
             "bos_token_id": 0,
             "eos_token_id": 1,
         }
@@ -56,6 +57,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape("tiny", 128, 2, 4, 2, 384, 1024, True, 64),
     "S": Shape("S", 576, 30, 9, 3, 1536, 49152, True, 64),
+    "S8k": Shape("S8k", 576, 30, 9, 3, 1536, 49152, True, 64, context=8192),
     "M": Shape("M", 2048, 22, 32, 4, 5632, 32000, False, 128),
 }
 QUANTS: dict[str, dict[str, Any]] = {

@@ -17,16 +17,26 @@ from .options import (
     Artifact,
     CacheFraction,
     CacheTokens,
+    Choice,
+    Deterministic,
+    Draft,
+    DraftTokens,
+    Grammar,
+    JsonSchema,
     MinP,
     Penalty,
+    Regex,
     Stop,
     Temperature,
     TopK,
     TopP,
+    engine_options,
+    structured,
 )
 
 if TYPE_CHECKING:
     from smelt.runtime.chat_session import ChatSession
+    from smelt.runtime.metrics import Metrics
 
     from .console import Console
 
@@ -66,6 +76,13 @@ def command(
         typer.Option("--seed", help="Repeatable answers.", show_default=False),
     ] = None,
     stop: Stop = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    grammar: Grammar = None,
+    choice: Choice = None,
+    draft: Draft = None,
+    draft_tokens: DraftTokens = "auto",
+    deterministic: Deterministic = False,
     kv_cache_tokens: CacheTokens = None,
     kv_cache_fraction: CacheFraction = None,
 ) -> None:
@@ -81,15 +98,17 @@ def command(
         seed=seed,
         max_tokens=max_tokens,
         stop=stop or (),
+        structured=structured(json_schema, regex, grammar, choice),
+    )
+    options = engine_options(
+        kv_cache_tokens, kv_cache_fraction, draft, draft_tokens, deterministic
     )
     from smelt import load
     from smelt.runtime.chat_session import ChatSession
 
     from .console import open_console
 
-    with load(
-        artifact, kv_cache_tokens=kv_cache_tokens, kv_cache_fraction=kv_cache_fraction
-    ) as llm:
+    with load(artifact, **options) as llm:
         session = ChatSession(llm, system=system, params=params)
         console = open_console(name.split()[0] for name in HELP)
         if not session.templated:
@@ -167,5 +186,16 @@ def stats_text(session: ChatSession) -> str:
             f"last answer: first token after {stats.ttft_s * 1e3:.0f} ms, "
             f"{stats.decode_tokens_per_s:.1f} tokens/s",
             f"cache blocks: {metrics.blocks - metrics.free_blocks} of {metrics.blocks} in use",
+            *draft_lines(metrics),
         )
     )
+
+
+def draft_lines(metrics: Metrics) -> list[str]:
+    """What drafting gave, if there was any."""
+    if not metrics.drafted_tokens:
+        return []
+    return [
+        f"drafted: {metrics.drafted_tokens} tokens, {metrics.acceptance:.0%} accepted, "
+        f"{metrics.accepted_length:.2f} tokens a drafted step"
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -14,18 +15,27 @@ from .options import (
     Artifact,
     CacheFraction,
     CacheTokens,
+    Choice,
+    Deterministic,
+    Draft,
+    DraftTokens,
+    Grammar,
+    JsonSchema,
     MinP,
     Penalty,
+    Regex,
     Seed,
     Stop,
     Temperature,
     TopK,
     TopP,
+    engine_options,
+    structured,
 )
 
 if TYPE_CHECKING:
     from smelt.runtime.llm import LLM
-    from smelt.runtime.outputs import Output
+    from smelt.runtime.outputs import Completion, Output
     from smelt.runtime.sampling_params import SamplingParams
 
 
@@ -38,6 +48,14 @@ def command(
     file: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--file", help="Read prompts from a file, one a line.", show_default=False),
+    ] = None,
+    requests: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--input", help="Answer a file of requests, JSON lines.", show_default=False),
+    ] = None,
+    answers: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", help="Where --input's answers go; resumed.", show_default=False),
     ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")
@@ -52,6 +70,18 @@ def command(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on past the model's end tokens.")
     ] = False,
+    n: Annotated[int, typer.Option("--n", help="Answers to each prompt.")] = 1,
+    logprobs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--logprobs", help="Report so many best tokens.", show_default=False),
+    ] = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    grammar: Grammar = None,
+    choice: Choice = None,
+    draft: Draft = None,
+    draft_tokens: DraftTokens = "auto",
+    deterministic: Deterministic = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
@@ -60,7 +90,10 @@ def command(
 ) -> None:
     """Continue prompts with an artifact: one is streamed, several run as a batch.
 
-    With several prompts each answer stands behind a line with its prompt.
+    With several prompts each answer stands behind a line with its prompt. --input answers a file
+    of requests through the batching engine: a line is {"prompt": ...} or {"messages": [...]}, with
+    an optional "id" and sampling parameters. --output is appended to, and a run that was broken off
+    goes on where it stood.
     """
     from smelt.runtime.sampling_params import SamplingParams
 
@@ -74,20 +107,35 @@ def command(
         max_tokens=max_tokens,
         stop=stop or (),
         ignore_eos=ignore_eos,
+        n=n,
+        logprobs=logprobs,
+        structured=structured(json_schema, regex, grammar, choice),
     )
-    texts = _prompts(prompts or [], file)
+    options = engine_options(
+        kv_cache_tokens, kv_cache_fraction, draft, draft_tokens, deterministic
+    )
     from smelt import load
 
-    with load(
-        artifact, kv_cache_tokens=kv_cache_tokens, kv_cache_fraction=kv_cache_fraction
-    ) as llm:
+    if requests is not None or answers is not None:
+        from .batch import answer_file
+
+        if requests is None or answers is None or prompts or file:
+            raise UserError("--input FILE and --output FILE go together, and without other prompts")
+        answer_file(requests, answers, params, lambda: load(artifact, **options), as_json)
+        return
+    texts = _prompts(prompts or [], file)
+    with load(artifact, **options) as llm:
         if as_json:
             _print_json(llm.generate(texts, params))
-        elif len(texts) == 1:
+        elif len(texts) == 1 and n == 1 and logprobs is None:
             _stream(llm, texts[0], params)
         else:
             for text, output in zip(texts, llm.generate(texts, params), strict=True):
-                print(f">>> {text}\n{output.error or output.text}\n")
+                print(f">>> {text}")
+                for completion in output.outputs:
+                    print(output.error or completion.text)
+                    _print_logprobs(llm, completion)
+                print()
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:
@@ -134,6 +182,14 @@ def _stream(llm: LLM, text: str, params: SamplingParams) -> None:
         )
 
 
+def _print_logprobs(llm: LLM, completion: Completion) -> None:
+    """A line a token: its log probability, and the best ones beside it."""
+    for entry in completion.logprobs or ():
+        best = "  ".join(f"{llm.tokenizer.decode([t], False)!r} {p:.3f}" for t, p in entry.top)
+        token = llm.tokenizer.decode([entry.token], False)
+        print(f"  {token!r:<16} {entry.logprob:8.3f}  rank {entry.rank:<5} {best}")
+
+
 def _print_json(outputs: list[Output]) -> None:
     import json
 
@@ -148,7 +204,12 @@ def _json(output: Output) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         "ttft_s": output.ttft_s,
         "decode_tokens_per_s": output.decode_tokens_per_s,
+        "reused_tokens": output.reused_tokens,
     }
+    if len(output.outputs) > 1:
+        entry["texts"] = [completion.text for completion in output.outputs]
+    if output.logprobs is not None:
+        entry["logprobs"] = [asdict(entry) for entry in output.logprobs]
     if output.error is not None:
         entry["error"] = output.error
     return entry

@@ -10,71 +10,30 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .batch import Batch, BatchLayout, CacheSpec
 from .batch_builder import BatchBuilder
 from .blocks import PagedMemory
 from .cache_moves import copy_blocks, move_slots
 from .detokenizer import Decoder
+from .engine_options import DETERMINISTIC_TOKENS, EngineOptions, StepProgram
 from .errors import SmeltError, UserError
 from .kv_cache import allocate_cache, cache_blocks
 from .logprobs import top_logprobs
 from .metrics import Metrics
-from .policies import Policy
 from .requests import RequestFactory
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 from .selection import Selection
 from .sequence import Chunk, StepOutput
 from .sequence import Sequence as Sample
-from .speculation.drafter import Drafter
 from .speculation.speculator import Speculator
 from .speculation.verify import Taken, slots_to_move
 
 if TYPE_CHECKING:
     from .structured_compiler import CompiledGrammar
-
-# Tokens and rows of every step in deterministic mode: whole tiles of every matrix kernel.
-DETERMINISTIC_TOKENS = 32
-
-
-class StepProgram(Protocol):
-    """A compiled step: packed tokens in, logits out, caches changed in place."""
-
-    spec: CacheSpec
-    layout: BatchLayout
-    vocab_size: int
-    device: torch.device
-
-    def run(self, batch: Batch, caches: list[torch.Tensor]) -> torch.Tensor:
-        """Logits [R, V] of `batch.logits_rows`, of any float dtype."""
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """blocks: cache blocks, otherwise from `kv_cache_tokens` or `kv_cache_fraction`.
-
-    prefix_cache: keep what was computed for later requests. policy: the order of requests.
-    max_tokens: of a step, at most the graph's: longer prompts are cut into chunks of it.
-    deterministic: greedy tokens depend on nothing but the prompt; every step then computes
-    `DETERMINISTIC_TOKENS` rows. drafter: proposes tokens; draft_tokens: how many, None for as many
-    as pay.
-    """
-
-    blocks: int | None = None
-    kv_cache_tokens: int | None = None
-    kv_cache_fraction: float | None = None
-    prefix_cache: bool = True
-    policy: str | Policy = "fcfs"
-    max_tokens: int | None = None
-    deterministic: bool = False
-    drafter: Drafter | None = None
-    draft_tokens: int | None = None
-
 
 class Engine:
     """Runs many requests at once over one program and one paged cache.
@@ -111,10 +70,11 @@ class Engine:
         windows = [group.window for group in spec.groups]
         self.memory = PagedMemory(blocks, spec.block_size, windows)
         self.caches = allocate_cache(spec, blocks, program.device)
-        tokens = min(layout.max_tokens, chosen.max_tokens or layout.max_tokens)
+        tokens = min(layout.max_tokens, chosen.max_tokens)
         padded = 0
         if chosen.deterministic:
-            tokens = padded = min(DETERMINISTIC_TOKENS, layout.max_tokens, layout.max_rows)
+            padded = min(DETERMINISTIC_TOKENS, layout.max_tokens, layout.max_rows)
+            tokens = min(tokens, padded)
         if tokens < 1:
             raise UserError(f"max_tokens is {tokens}: give 1 or more tokens a step")
         self.scheduler = Scheduler(

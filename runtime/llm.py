@@ -8,11 +8,11 @@ One `LLM` owns one engine; calls from one thread at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .engine import Engine, EngineOptions
 from .errors import UserError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+Key = TypeVar("Key")
 
 
 class LLM:
@@ -54,7 +55,8 @@ class LLM:
         if draft is not None:
             from .speculation.open import open_drafter
 
-            options["drafter"] = open_drafter(draft, artifact.program, self.tokenizer)
+            exact = bool(options.get("deterministic"))
+            options["drafter"] = open_drafter(draft, artifact.program, self.tokenizer, exact)
         self.engine = Engine(
             artifact.program,
             tokenizer=self.tokenizer,
@@ -90,6 +92,41 @@ class LLM:
             requests[0].raise_error()
         return [request.output for request in requests]
 
+    def run(
+        self, requests: Iterable[tuple[Key, Prompt, SamplingParams]], in_flight: int | None = None
+    ) -> Iterator[tuple[Key, Output]]:
+        """Answer requests as they come, each given back with its key when it is done.
+
+        in_flight: how many are taken from `requests` ahead of the answers; by default enough to
+        keep every lane of the engine busy.
+        """
+        limit = in_flight or 4 * self.engine.scheduler.max_running
+        source = iter(requests)
+        active: dict[int, tuple[Key, Collector]] = {}
+        more = True
+        try:
+            while True:
+                while more and len(active) < limit:
+                    request = next(source, None)
+                    if request is None:
+                        more = False
+                        break
+                    key, prompt, params = request
+                    collector = self._add_or_fail(prompt, params)
+                    if collector.done:
+                        yield key, collector.output
+                    else:
+                        active[collector.id] = (key, collector)
+                if not active:
+                    return
+                self._pump()
+                for number in [n for n, (_, c) in active.items() if c.done]:
+                    key, collector = active.pop(number)
+                    yield key, collector.output
+        finally:
+            for number in active:
+                self.engine.abort(number)
+
     def stream(
         self,
         prompt: Prompt,
@@ -99,7 +136,7 @@ class LLM:
         params = params or SamplingParams()
         if params.n > 1:
             raise UserError(f"n is {params.n}: a stream gives one answer, use generate")
-        request = self._add(self._encode(prompt), params)
+        request = self._add(self.encode(prompt), params)
         return Stream(request, self._pump, self.engine.abort)
 
     def chat(
@@ -161,7 +198,8 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text as the model wants them, BOS where it has one; ids stay as they are."""
         if not isinstance(prompt, str):
             return list(prompt)
         tokens = self.tokenizer.encode(prompt)
@@ -171,10 +209,16 @@ class LLM:
             raise UserError("the prompt is empty, and this model has no BOS token to begin with")
         return tokens
 
+    def collector(self, prompt_tokens: int, params: SamplingParams) -> Collector:
+        """What gathers a request's outputs; texts are decoded there, if no stop string is."""
+        samples = max(params.n, params.best_of or 1)
+        own = self.tokenizer if not params.stop else None
+        return Collector(prompt_tokens, own, samples, params.n, params.logprobs is not None)
+
     def _add_or_fail(self, prompt: Prompt, params: SamplingParams) -> Collector:
         """A prompt that cannot run fails alone, as one that fails while it runs."""
         try:
-            return self._add(self._encode(prompt), params)
+            return self._add(self.encode(prompt), params)
         except UserError as error:
             failed = Collector(0 if isinstance(prompt, str) else len(prompt))
             failed.take(StepOutput(-1, [], "", "error", error))
@@ -183,9 +227,7 @@ class LLM:
     def _add(self, tokens: list[int], params: SamplingParams) -> Collector:
         if self.artifact is None:
             raise UserError("this LLM is closed: load the artifact again")
-        samples = max(params.n, params.best_of or 1)
-        own = self.tokenizer if not params.stop else None
-        request = Collector(len(tokens), own, samples, params.n, params.logprobs is not None)
+        request = self.collector(len(tokens), params)
         request.id = self.engine.add_request(tokens, params, detokenize=False)
         self._requests[request.id] = request
         return request

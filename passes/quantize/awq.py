@@ -65,6 +65,7 @@ class Awq:
 
     found: ClassVar[type[AwqFound]] = AwqFound
     whole_gram: ClassVar[bool] = False
+    original: ClassVar[bool] = False
     copies: ClassVar[float] = 3.7
     matrices: ClassVar[float] = 0.0
     wide: ClassVar[bool] = False

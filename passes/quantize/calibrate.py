@@ -5,7 +5,8 @@ samples go through one piece together, so that only the weights of that piece ar
 later pieces read (the residual stream, mostly) is kept for every sample, everything else is
 dropped. At a cut the inputs of the group's linears are streamed into `Statistics`, a `Method`
 searches, and the linears go on with what they will be: dequantized weights, so that later layers
-see the error of earlier ones.
+see the error of earlier ones. For a method that asks for it the original runs beside, and the
+statistics tell how far the two have come apart (`drift.py`).
 
 What is found goes into a journal as it is found. A calibration that is run again with the same
 journal reads it there, and only runs the graph.
@@ -29,6 +30,7 @@ from smelt.passes.weights import TensorSource
 from smelt.runtime.errors import SmeltError
 
 from .calibration_memory import Memory, Needs, plan_memory
+from .drift import Drift, observe_drift
 from .experts import Experts
 from .graph_run import GraphRun, Replacement
 from .groups import Group
@@ -52,6 +54,7 @@ class Statistics:
     total [K] float64: sum of |x| over tokens. largest [K]: max |x|. gram [G, g, g]: sum of x x^T
     over all tokens within each of the G quantization groups of K (None where g is too wide). rows
     [R, K] float32: a fixed random sample of tokens, R bounded, the same tokens for every group.
+    drift: against the original model, where that ran beside.
     """
 
     total: torch.Tensor
@@ -59,6 +62,7 @@ class Statistics:
     gram: torch.Tensor | None
     tokens: int = 0
     kept: list[torch.Tensor] = field(default_factory=list)
+    drift: Drift | None = None
 
     @classmethod
     def empty(cls, k: int, groups: int, whole: bool = False) -> Statistics:
@@ -117,8 +121,8 @@ class Method(Needs, Protocol[Found]):
     """What a quantization method does with a group of linears over one input.
 
     found: its dataclass for one linear, whose fields are tensors, numbers, strings and None.
-    whole_gram: whether its statistics hold the products of all features, [1, K, K]. Its repr tells
-    its settings.
+    whole_gram: whether its statistics hold the products of all features, [1, K, K]. original:
+    whether the original model runs beside, for their drift. Its repr tells its settings.
     """
 
     @property
@@ -181,6 +185,7 @@ def calibrate(
     keep = sampled_rows([len(sample) for sample in samples], options.max_rows, options.seed)
     layers = [e for e in experts.found if e.reason is None] if experts is not None else []
     run = GraphRun(program, options.source, [*groups, *layers], samples)
+    original = run.fork() if method.original else None
     if options.planned is not None and run.stations:
         lengths = [len(sample) for sample in samples]
         options.planned(plan_memory(program, run.stations, lengths, method, options.max_rows))
@@ -200,6 +205,8 @@ def calibrate(
 
     for i, (nodes, station) in enumerate(run.pieces()):
         run.advance(nodes)
+        if original is not None:
+            original.advance(nodes)
         report(station.name, i, len(run.stations))
         weights = run.weights(station)
         if isinstance(station, Experts):
@@ -211,7 +218,8 @@ def calibrate(
             run.chosen[station.node] = experts.search(station, x, index, weights, find)
             del x, index, weights
             continue
-        _, go_on = find(station, weights, partial(observe, run, station, keep, method.whole_gram))
+        look = partial(observe, run, station, keep, method.whole_gram, original)
+        _, go_on = find(station, weights, look)
         nodes_of = [linear.node for linear in station.linears]
         run.chosen.update(zip(nodes_of, go_on, strict=True))
         del weights, go_on
@@ -258,8 +266,15 @@ def sampled_rows(lengths: Sequence[int], limit: int, seed: int) -> list[torch.Te
     return [torch.tensor(tokens, dtype=torch.int64) for tokens in kept]
 
 
-def observe(run: GraphRun, group: Group, keep: Sequence[torch.Tensor], whole: bool) -> Statistics:
-    """What streams into a group now. keep: the tokens of each sample that are kept as rows."""
+def observe(
+    run: GraphRun,
+    group: Group,
+    keep: Sequence[torch.Tensor],
+    whole: bool,
+    original: GraphRun | None = None,
+) -> Statistics:
+    """What streams into a group now. keep: the tokens of each sample that are kept as rows.
+    original: the unquantized model, run to the same place."""
     first = group.linears[0]
     statistics = Statistics.empty(first.k, first.scheme.groups(first.k), whole)
     source = group.node.args[0]
@@ -270,4 +285,6 @@ def observe(run: GraphRun, group: Group, keep: Sequence[torch.Tensor], whole: bo
             f"{group.name}: calibration activations are NaN or infinite; "
             "is the checkpoint whole, and does the model run in this dtype?"
         )
+    if original is not None:
+        statistics.drift = observe_drift(run, original, group)
     return statistics

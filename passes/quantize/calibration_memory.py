@@ -24,6 +24,7 @@ from torch import fx
 from smelt.passes.dialect import smelt_name
 from smelt.passes.program import Program, Role
 
+from .drift import residual
 from .experts import MATRICES, Experts
 from .formats import packed_bytes, row_step
 from .groups import Group
@@ -39,12 +40,14 @@ _WIDE = {"rms_norm": 3, "gated_activation": 1, "rope": 2}
 
 class Needs(Protocol):
     """What a method's search works with, measured: float32 copies of a chunk of weights, and
-    float32 matrices [K, K]. wide: whether linears go on with float32 weights."""
+    float32 matrices [K, K]. wide: whether linears go on with float32 weights. original: whether
+    the original model runs beside."""
 
     copies: ClassVar[float]
     matrices: ClassVar[float]
     wide: ClassVar[bool]
     whole_gram: ClassVar[bool]
+    original: ClassVar[bool]
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,17 @@ def plan_memory(
     quantized = {node for station in stations for node in _nodes(station)}
     for station in stations:
         stop = calls.index(station.node)
-        running = values.piece(calls[start:stop], lengths)
-        running += waiting + _made(program, calls[start:stop], quantized)
+        piece = calls[start:stop]
+        running = values.piece(piece, lengths) + waiting + _made(program, piece, quantized)
         kept = values.of_all(calls[stop], lengths)
+        if method.original:
+            first = running + (values.of_all(piece[0], lengths) if piece else 0)
+            then = values.piece(piece, lengths) + kept + _made(program, piece, set())
+            running, kept = max(first, then), 2 * kept
         weights = _made(program, _nodes(station), set())
         linears = _linears(station)
         searching = max(_search(program, linear, method, rows, max(lengths)) for linear in linears)
+        searching += _drift(station) if method.original else 0
         waiting = sum(_goes_on(program, linear, method) for linear in linears)
         if isinstance(station, Experts):
             searching += waiting + _routed(station, sum(lengths))
@@ -219,6 +227,14 @@ def _routed(experts: Experts, tokens: int) -> int:
     share = min(1.0, 2 * index.meta["val"].shape[-1] / experts.count)
     mine = int(share * tokens)
     return together + _bytes(x, mine) + 4 * min(mine, EXPERT_ROWS) * 6 * experts.width
+
+
+def _drift(station: Group | Experts) -> int:
+    """Bytes of what is kept of the way between the two models; experts are searched without."""
+    if isinstance(station, Experts):
+        return 0
+    linear = station.linears[0]
+    return 4 * linear.k * (linear.k + (linear.n if residual(station) is not None else 0))
 
 
 def _search(program: Program, linear: Linear, method: Needs, rows: int, longest: int) -> int:

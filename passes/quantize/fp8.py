@@ -135,6 +135,7 @@ class StaticFp8:
 
     found: ClassVar[type[Fp8Found]] = Fp8Found
     whole_gram: ClassVar[bool] = False
+    original: ClassVar[bool] = False
     copies: ClassVar[float] = 4.1
     matrices: ClassVar[float] = 0.0
     wide: ClassVar[bool] = True

@@ -22,7 +22,8 @@ from .expert_layers import ExpertLayers
 from .experts import MATRICES, Experts, find_experts, replace_experts
 from .experts import to_quantized as round_experts
 from .formats import Quantized, check_finite, fake_quantize, joined, quantize, row_chunks
-from .gptq_solve import DAMPING, errors_of, prepare, solve
+from .gptq_refine import refine
+from .gptq_solve import DAMPING, errors_of, nearest, prepare, solve
 from .groups import Group, find_groups
 from .linears import Linear, find_linears, replace_linear, to_quantized
 from .spec import FORMATS, QuantSpec
@@ -43,7 +44,8 @@ class GptqFound:
     """One rounded linear, packed: as in `runtime/ops/packing.py`.
 
     Without qweight, scales and zeros it is rounded to nearest, by a step of the plan. Errors are
-    relative to the output, over all calibration tokens. note: why it is only rounded.
+    relative to the output, over all calibration tokens, against the outputs of the weight that
+    comes nearest to the original model. note: why it is only rounded.
     """
 
     qweight: torch.Tensor | None
@@ -61,6 +63,7 @@ class Gptq:
     damping: float = DAMPING
     found: ClassVar[type[GptqFound]] = GptqFound
     whole_gram: ClassVar[bool] = True
+    original: ClassVar[bool] = True
     copies: ClassVar[float] = 3.3
     matrices: ClassVar[float] = 6.75
     wide: ClassVar[bool] = False
@@ -137,9 +140,12 @@ class QuantizeGptq(Pass):
     are computed here and stand in the weight plan as values. The Hessian is the sum of x x^T over
     all calibration tokens, streamed; columns are taken in the order of their activations on a grid
     fixed beforehand (`gptq_solve.py`). The grid is clipped where that lowers the layer's output
-    error. A layer that does not gain against rounding is rounded, and its verdict says so. Legal
-    for the linears and experts that rounding takes; nothing is folded, so every layer can be
-    treated. An expert has the Hessian of the tokens that it saw; one that saw too few is rounded.
+    error. Rounded is towards what the original model, which runs beside, has after the layer, so
+    that it makes up for what those before it lost (`drift.py`); then scales, zero points and whole
+    numbers are refined, one after the other (`gptq_refine.py`). A layer that does not gain against
+    rounding is rounded, and its verdict says so. Legal for the linears and experts that rounding
+    takes; nothing is folded, so every layer can be treated. An expert has the Hessian of the tokens
+    that it saw; one that saw too few is rounded.
     Pays in quality, most at 3 bits, at the size and speed of plain rounding.
     """
 
@@ -199,30 +205,40 @@ def compensate(
 def _search(
     linear: Linear, value: torch.Tensor, statistics: Statistics, damping: float
 ) -> GptqFound:
-    """Round one layer; each row keeps what loses least: with clipping, without, or to nearest."""
+    """Round one layer towards its outputs in the original model; each row starts from what loses
+    least, with clipping, without, or to nearest, and is refined."""
     assert statistics.gram is not None
     hessian = statistics.gram[0]
     form, groups = FORMATS[linear.scheme.format], linear.scheme.groups(linear.k)
     prepared = None if form.symmetric else prepare(hessian, linear.layer, damping)
     size = before = after = 0.0
+    at = 0
     rows: list[Quantized] = []
     for w in row_chunks(value):
         size += float(errors_of(w, hessian).sum())
         rounded = quantize(w, linear.scheme)
+        if prepared is None:
+            before += float(errors_of(rounded.dequantize() - w, hessian).sum())
+            continue
+        target = w
+        if statistics.drift is not None:
+            missing = statistics.drift(w, slice(at, at := at + len(w)))
+            target = nearest(missing, prepared, statistics.tokens).add_(w)
         candidates = [rounded]
-        if prepared is not None:
-            blocks = _diagonal_blocks(hessian, groups)
-            clip = search_clip(w, linear.scheme, statistics.rows, blocks)
-            candidates.append(solve(w, prepared, groups, form.bits))
-            candidates.append(solve(w, prepared, groups, form.bits, clip))
-        lost = torch.stack([errors_of(c.dequantize() - w, hessian) for c in candidates])
-        before += float(lost[0].sum())
-        after += float(lost.amin(0).sum())
-        rows.append(_picked(candidates, lost.argmin(0)))
+        blocks = _diagonal_blocks(hessian, groups)
+        clip = search_clip(target, linear.scheme, statistics.rows, blocks)
+        candidates.append(solve(target, prepared, groups, form.bits))
+        candidates.append(solve(target, prepared, groups, form.bits, clip))
+        lost = [errors_of(c.dequantize() - target, hessian, prepared.added) for c in candidates]
+        best = _picked(candidates, torch.stack(lost).argmin(0))
+        best = refine(best, target, hessian, prepared, form.bits)
+        before += float(errors_of(rounded.dequantize() - target, hessian).sum())
+        after += float(errors_of(best.dequantize() - target, hessian).sum())
+        rows.append(best)
     size = size or 1.0
     if prepared is None:
         little = f"rounded to nearest: at {linear.scheme.format} there is little to win back"
-        return GptqFound(None, None, None, before / size, after / size, little)
+        return GptqFound(None, None, None, before / size, before / size, little)
     note = None if after < before else "rounded to nearest: nothing was gained"
     q, scales, zeros = (torch.cat(parts) for parts in zip(*rows, strict=True))
     return GptqFound(pack(q, form.bits), scales, zeros, before / size, after / size, note)

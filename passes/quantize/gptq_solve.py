@@ -25,11 +25,13 @@ _MOST_DAMPING = 1.0
 
 
 class Prepared(NamedTuple):
-    """What a layer's rows share: order int64 [K], the columns by activation, and inverse float32
-    [K, K], the upper factor of the inverse Hessian in that order."""
+    """What a layer's rows share: order int64 [K], the columns by activation; inverse float32
+    [K, K], the upper factor of the inverse Hessian in that order; added float32 [K], the damping,
+    in the columns' own order."""
 
     order: torch.Tensor
     inverse: torch.Tensor
+    added: torch.Tensor
 
 
 def prepare(hessian: torch.Tensor, layer: str, damping: float = DAMPING) -> Prepared:
@@ -40,9 +42,10 @@ def prepare(hessian: torch.Tensor, layer: str, damping: float = DAMPING) -> Prep
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     while damping <= _MOST_DAMPING:
-        inverse = _inverse_factor(_damped(hessian, order, damping))
+        added = _damping(hessian.diagonal(), damping)
+        inverse = _inverse_factor(_damped(hessian, order, added))
         if inverse is not None:
-            return Prepared(order, inverse)
+            return Prepared(order, inverse, added)
         damping *= 10
     raise SmeltError(
         f"{layer}: the activations seen in calibration give no usable Hessian; "
@@ -50,15 +53,18 @@ def prepare(hessian: torch.Tensor, layer: str, damping: float = DAMPING) -> Prep
     )
 
 
-def _damped(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> list[torch.Tensor]:
-    """[H + damping, float64 [K, K]] in the order of the columns; features that were never active
-    count for themselves. In a list, which its reader empties: K may be large."""
-    h = hessian[order[:, None], order].double()
-    diagonal = h.diagonal()
+def _damping(diagonal: torch.Tensor, share: float) -> torch.Tensor:
+    """What is added to H's diagonal; features that were never active count for themselves."""
     silent = diagonal <= 0
-    mean = diagonal[~silent].mean() if (~silent).any() else h.new_ones(())
-    diagonal[silent] = 1.0
-    diagonal += damping * mean
+    mean = diagonal[~silent].mean() if (~silent).any() else diagonal.new_ones(())
+    return silent.float() + share * mean
+
+
+def _damped(hessian: torch.Tensor, order: torch.Tensor, added: torch.Tensor) -> list[torch.Tensor]:
+    """[H + damping, float64 [K, K]] in the order of the columns. In a list, which its reader
+    empties: K may be large."""
+    h = hessian[order[:, None], order].double()
+    h.diagonal().add_(added[order])
     return [h]
 
 
@@ -85,7 +91,7 @@ def solve(
 ) -> Quantized:
     """Round weight [N, K], any rows of a layer. groups: scales a row; clip: uint8 [N, groups]."""
     scales, zeros = grid(weight, groups, bits, clip)
-    order, inverse = prepared
+    order, inverse, _ = prepared
     group = order // (weight.shape[1] // groups)
     w = weight.float()[:, order]
     wide, offset = scales.float(), zeros
@@ -106,6 +112,26 @@ def solve(
     return Quantized(result, scales, zeros.to(torch.uint8))
 
 
-def errors_of(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """sum (d x)^2 of each output over all calibration tokens: difference [N, K] -> float64 [N]."""
-    return ((difference @ hessian) * difference).sum(1, dtype=torch.float64)
+def nearest(missing: torch.Tensor, prepared: Prepared, tokens: int) -> torch.Tensor:
+    """The change of a weight that makes up best for outputs gone missing.
+
+    missing float32 [N, K]: sum of d x^T, what each output lacks times the input. By least squares
+    with the damping, (sum d x^T) H^-1. That fits K numbers an output to `tokens` tokens, and part
+    of what it finds is chance, the more the fewer tokens; so only tokens / (tokens + K) is taken.
+    """
+    order, inverse, _ = prepared
+    found = torch.empty_like(missing)
+    found[:, order] = missing[:, order] @ inverse.T @ inverse
+    return found.mul_(tokens / (tokens + len(order)))
+
+
+def errors_of(
+    difference: torch.Tensor, hessian: torch.Tensor, added: torch.Tensor | None = None
+) -> torch.Tensor:
+    """sum (d x)^2 of each output over all calibration tokens: difference [N, K] -> float64 [N].
+
+    added [K]: a damping of the Hessian that counts, too."""
+    slope = difference @ hessian
+    if added is not None:
+        slope += difference * added
+    return slope.mul_(difference).sum(1, dtype=torch.float64)

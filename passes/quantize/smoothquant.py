@@ -62,6 +62,7 @@ class SmoothQuant:
     spec: QuantSpec
     found: ClassVar[type[SmoothQuantFound]] = SmoothQuantFound
     whole_gram: ClassVar[bool] = False
+    original: ClassVar[bool] = False
     copies: ClassVar[float] = 4.2
     matrices: ClassVar[float] = 0.0
     wide: ClassVar[bool] = True

@@ -17,7 +17,7 @@ from ..blocks import PagedMemory
 from ..filters import draw
 from ..kv_cache import allocate_cache, cache_blocks
 from ..prefix_cache import common_prefix
-from ..sampler import DRAFT, Row, distributions, process, sample
+from ..sampler import DRAFT, DRAW, Row, distributions, process, sample
 from ..sequence import Chunk, Sequence
 from .drafter import Proposal
 
@@ -55,12 +55,17 @@ class ModelDrafter:
     Sampled requests draw from the draft's own distribution, under the request's parameters; greedy
     ones take its best token. A sequence whose prompt it has not read yet gets no proposal: it reads
     one step's tokens of it at a time.
+
+    coupled: draw with the very random numbers that the model will draw with, and let it judge the
+    tokens as if they had been chosen. Then even a sampled answer is the one without a draft, token
+    for token, at the price of fewer accepted drafts where the distributions differ.
     """
 
     name = "draft"
 
-    def __init__(self, program: StepProgram, vocab_size: int) -> None:
+    def __init__(self, program: StepProgram, vocab_size: int, coupled: bool = False) -> None:
         self.program = program
+        self.coupled = coupled
         self.vocab_size = vocab_size
         self.rope = program.spec.rope
         spec, layout = program.spec, program.layout
@@ -157,8 +162,9 @@ class ModelDrafter:
             picked, q = sample(logits, rows), None
         else:
             q = distributions(process(logits, rows), rows)
+            use = DRAW if self.coupled else DRAFT
             uniforms = [
-                0.0 if row.state.greedy else row.state.peek(len(row.draft), DRAFT) for row in rows
+                0.0 if row.state.greedy else row.state.peek(len(row.draft), use) for row in rows
             ]
             picked = draw(q, uniforms)
         for i, (_, shadow) in enumerate(active):
@@ -169,7 +175,7 @@ class ModelDrafter:
                 shadow.known = shadow.sequence.computed
             shadow.drafted.append(token)
             shadow.sequence.tokens.append(token)
-            if q is not None and not rows[i].state.greedy:
+            if q is not None and not rows[i].state.greedy and not self.coupled:
                 shadow.q.append(q[i])
 
     def _proposal(self, sequence: Sequence) -> Proposal | None:

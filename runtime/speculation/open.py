@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 
-def open_drafter(draft: str | Path, program: StepProgram, tokenizer: Tokenizer) -> Drafter:
+def open_drafter(
+    draft: str | Path, program: StepProgram, tokenizer: Tokenizer, deterministic: bool = False
+) -> Drafter:
     """`ngram`, or the folder of an artifact whose tokens mean what the model's mean.
 
-    program, tokenizer: the model's. Raises `UserError` for a name that is not known and for a
+    program, tokenizer: the model's; deterministic: sampled answers, too, are to be those without a
+    draft. Raises `UserError` for a name that is not known and for a
     draft with another vocabulary.
     """
     if str(draft) == "ngram":
@@ -25,14 +28,16 @@ def open_drafter(draft: str | Path, program: StepProgram, tokenizer: Tokenizer) 
         return NgramDrafter()
     folder = Path(draft)
     if not folder.is_dir():
-        raise UserError(f"--draft {draft} is no folder: give ngram, or the artifact of a smaller model")
+        raise UserError(
+            f"--draft {draft} is no folder: give ngram, or the artifact of a smaller model"
+        )
     from ..artifact import open_artifact
     from ..tokenizer import Tokenizer as Reader
     from .model import ModelDrafter
 
     smaller = open_artifact(folder)
     check_vocabulary(Reader(smaller.folder), tokenizer, str(draft))
-    return ModelDrafter(smaller.program, program.vocab_size)
+    return ModelDrafter(smaller.program, program.vocab_size, coupled=deterministic)
 
 
 def check_vocabulary(draft: Tokenizer, model: Tokenizer, name: str) -> None:

@@ -45,6 +45,7 @@ def test_json_is_one_object_and_equals_the_stream(run: RUN) -> None:
         "text",
         "token_ids",
         "prompt_tokens",
+        "reused_tokens",
         "finish_reason",
         "ttft_s",
         "decode_tokens_per_s",
@@ -109,3 +110,36 @@ def test_mistakes(run: RUN, arguments: list[str], stdin: str, words: str) -> Non
         assert words in run(*arguments, stdin=stdin, code=2)
     finally:
         CACHE[:] = ["--kv-cache-tokens", "2000"]
+
+
+def test_several_answers_and_their_log_probabilities(run: RUN) -> None:
+    text = run("Hello", "-n", "4", "--n", "2", "--temperature", "1", "--logprobs", "2")
+    assert text.startswith(">>> Hello\n")
+    assert text.count("rank") == 8
+    (output,) = json.loads(run("Hello", "-n", "4", "--n", "3", "--temperature", "1", "--json"))[
+        "outputs"
+    ]
+    assert len(output["texts"]) == 3
+
+
+def test_drafting_and_determinism_change_no_token(run: RUN) -> None:
+    plain = run("abcabcabcabc", "-n", "20", "--ignore-eos")
+    for flags in (["--draft", "ngram"], ["--draft", "ngram", "--draft-tokens", "4"]):
+        assert run("abcabcabcabc", "-n", "20", "--ignore-eos", *flags) == plain
+    assert run("abcabcabcabc", "-n", "20", "--ignore-eos", "--deterministic") == plain
+    assert "no folder" in run("a", "--draft", "nowhere", code=2)
+    assert "--draft-tokens" in run("a", "--draft", "ngram", "--draft-tokens", "many", code=2)
+
+
+def test_structures_are_kept_and_read_from_files(run: RUN, tmp_path: Path) -> None:
+    assert run("a", "--choice", "yes", "--choice", "no").strip() in ("yes", "no")
+    assert run("a", "--regex", "[0-9]{3}").strip().isdigit()
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 2}')
+    value = json.loads(run("a", "--json-schema", str(schema), "-n", "60"))
+    assert isinstance(value, list)
+    grammar = tmp_path / "g.gbnf"
+    grammar.write_text('root ::= "x" [yz]')
+    assert run("a", "--grammar", str(grammar)).strip() in ("xy", "xz")
+    assert "exactly one" in run("a", "--regex", "a", "--choice", "b", code=2)
+    assert "cannot be read" in run("a", "--json-schema", "nowhere.json", code=2)

@@ -37,6 +37,7 @@ class Plain:
 
     found = Kept
     whole_gram = False
+    original = False
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
