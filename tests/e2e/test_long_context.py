@@ -26,7 +26,7 @@ MODELS = [
     ("dynamic", "llama", "eager"),
     ("longrope", "phi3", "eager"),
     pytest.param("dynamic", "llama", "aoti", marks=pytest.mark.slow),
-    ("longrope", "phi3", "aoti"),
+    pytest.param("longrope", "phi3", "aoti", marks=pytest.mark.slow),
 ]
 
 
