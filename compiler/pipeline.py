@@ -13,6 +13,7 @@ from typing import Any
 from smelt.passes.attention.kv_cache import InsertKvCache
 from smelt.passes.attention.logits_rows import KeepLogitsRows
 from smelt.passes.attention.quantize_kv_cache import QuantizeKvCache
+from smelt.passes.attention.rope_lengths import InsertRopeLengths
 from smelt.passes.base import Pass
 from smelt.passes.canonical.gated_activation import CanonicalizeGatedActivation
 from smelt.passes.canonical.layer_norm import CanonicalizeLayerNorm
@@ -69,7 +70,7 @@ def pipeline(config: PipelineConfig) -> list[Stage]:
     stages += [stage(pass_) for pass_ in config.extra]
     if config.quantize is not None:
         stages.append(config.quantize)
-    stages += [stage(KeepLogitsRows()), stage(InsertKvCache())]
+    stages += [stage(KeepLogitsRows()), stage(InsertKvCache()), stage(InsertRopeLengths())]
     if config.kv_cache != "auto":
         quantized = QuantizeKvCache()
         stages.append(Stage(quantized, quantized.options({"format": config.kv_cache})))

@@ -84,6 +84,7 @@ class Engine:
             layout.max_rows,
             prefix_cache=chosen.prefix_cache,
             policy=chosen.policy,
+            rope=spec.rope,
         )
         running = self.scheduler.max_running
         self.builder = BatchBuilder(spec, layout, program.device, running, padded)
