@@ -143,7 +143,7 @@ def tokens(outputs: list[Output]) -> list[list[list[int]]]:
 
 
 def cell(artifacts: Artifacts, pair: set[str]) -> str:
-    """"equal", why it is refused, or what is wrong."""
+    """ "equal", why it is refused, or what is wrong."""
     why = refused(pair)
     if why is not None:
         return why

@@ -1,4 +1,4 @@
-"""Job completion times under each policy, simulated: the real scheduler, a step's cost from a model.
+"""Job completion times under each policy: the real scheduler, simulated steps.
 
     python -m benchmarks.scheduling            a skewed trace, a table and a plot in text
 
@@ -108,7 +108,9 @@ def simulate(
 
 def summary(times: list[float]) -> dict[str, float]:
     ordered = sorted(times)
-    at = {f"p{p}": ordered[min(len(ordered) - 1, int(p / 100 * len(ordered)))] for p in (50, 95, 99)}
+    at = {
+        f"p{p}": ordered[min(len(ordered) - 1, int(p / 100 * len(ordered)))] for p in (50, 95, 99)
+    }
     return {"mean": sum(times) / len(times), **at, "max": ordered[-1]}
 
 

@@ -122,7 +122,9 @@ class Soak:
         prompt = list(rng.choice(self._prompts)) if rng.random() < 0.5 else []
         size = self.engine.program.vocab_size
         wanted = rng.choice((0, 1, 8, 40, 200, 10_000))
-        prompt += [rng.randrange(size + (rng.random() < 0.001)) for _ in range(rng.randint(0, wanted))]
+        prompt += [
+            rng.randrange(size + (rng.random() < 0.001)) for _ in range(rng.randint(0, wanted))
+        ]
         try:
             number = self.engine.add_request(
                 prompt,

@@ -121,9 +121,7 @@ class Peer:
         return made / seconds
 
 
-def throughput(
-    llm: LLM, peer: Peer | None, count: int, alone: int, rounds: int
-) -> dict[str, Any]:
+def throughput(llm: LLM, peer: Peer | None, count: int, alone: int, rounds: int) -> dict[str, Any]:
     """Generated tokens a second of each, every single round, and ratios of the medians."""
     size = llm.engine.program.vocab_size
     params = SamplingParams(max_tokens=GEN, ignore_eos=True)

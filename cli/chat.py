@@ -100,9 +100,7 @@ def command(
         stop=stop or (),
         structured=structured(json_schema, regex, grammar, choice),
     )
-    options = engine_options(
-        kv_cache_tokens, kv_cache_fraction, draft, draft_tokens, deterministic
-    )
+    options = engine_options(kv_cache_tokens, kv_cache_fraction, draft, draft_tokens, deterministic)
     from smelt import load
     from smelt.runtime.chat_session import ChatSession
 

@@ -111,9 +111,7 @@ def command(
         logprobs=logprobs,
         structured=structured(json_schema, regex, grammar, choice),
     )
-    options = engine_options(
-        kv_cache_tokens, kv_cache_fraction, draft, draft_tokens, deterministic
-    )
+    options = engine_options(kv_cache_tokens, kv_cache_fraction, draft, draft_tokens, deterministic)
     from smelt import load
 
     if requests is not None or answers is not None:

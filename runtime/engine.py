@@ -35,6 +35,7 @@ from .speculation.verify import Taken, slots_to_move
 if TYPE_CHECKING:
     from .structured_compiler import CompiledGrammar
 
+
 class Engine:
     """Runs many requests at once over one program and one paged cache.
 
@@ -224,17 +225,13 @@ class Engine:
         except Exception as error:
             return self._finished(sample, StepOutput(sample.id, [], ""), "error", error)
 
-    def _run(
-        self, chunks: list[Chunk]
-    ) -> tuple[dict[Sample, Taken], Selection, torch.Tensor]:
+    def _run(self, chunks: list[Chunk]) -> tuple[dict[Sample, Taken], Selection, torch.Tensor]:
         """Compute the step and choose tokens; the chunks are in the cache after it."""
         program = self.program
         copies, self.scheduler.copies = self.scheduler.copies, []
         copy_blocks(self.caches, program.spec, copies)
         proposals = self.speculator.proposals if self.speculator else {}
-        selection = Selection(
-            chunks, proposals, self._forks, program.vocab_size, program.device
-        )
+        selection = Selection(chunks, proposals, self._forks, program.vocab_size, program.device)
         batch = self.builder.build(chunks)
         began = time.perf_counter()
         logits = program.run(batch, self.caches)

@@ -38,7 +38,9 @@ class LLM:
     vocabulary. options: the fields of `EngineOptions`, by name.
     """
 
-    def __init__(self, path: str | Path, *, draft: str | Path | None = None, **options: Any) -> None:
+    def __init__(
+        self, path: str | Path, *, draft: str | Path | None = None, **options: Any
+    ) -> None:
         from .artifact import open_artifact
 
         unknown = set(options) - {f.name for f in fields(EngineOptions)}
@@ -199,7 +201,7 @@ class LLM:
         self.close()
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text as the model wants them, BOS where it has one; ids stay as they are."""
+        """Token ids of a text, behind BOS where the model has one; ids stay as they are."""
         if not isinstance(prompt, str):
             return list(prompt)
         tokens = self.tokenizer.encode(prompt)

@@ -131,7 +131,7 @@ class Scheduler:
             self.running.sort(key=self.policy.key)
 
     def advance(self, sequence: Sequence, computed: int) -> None:
-        """The first `computed` tokens are in the cache: keep full blocks, free what no window sees."""
+        """So many tokens are in the cache: keep full blocks, free what no window sees."""
         sequence.computed = computed
         size = self.memory.block_size
         if self.cache.enabled and sequence.node and (sequence.cached_blocks + 1) * size <= computed:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .compiler.api import compile_model as compile
     from .compiler.export import export
     from .passes.base import Pass
+    from .runtime.async_engine import AsyncEngine
     from .runtime.engine import Engine
     from .runtime.errors import SmeltError, UserError
-    from .runtime.async_engine import AsyncEngine
     from .runtime.llm import LLM
     from .runtime.outputs import Output
     from .runtime.sampling_params import SamplingParams

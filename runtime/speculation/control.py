@@ -69,7 +69,7 @@ class DraftLength:
         return 0 if best else middle
 
     def _rate(self, count: int, sequences: int, accepted: float, plain: float) -> float:
-        """Tokens a second and sequence; a size never seen is taken to cost what a plain step does."""
+        """Tokens a second and sequence; a size never seen costs what smaller ones do."""
         a = min(accepted, 0.99)
         tokens = (1 - a ** (count + 1)) / (1 - a)
         seconds = self._seconds[_size(sequences * (1 + count))].value

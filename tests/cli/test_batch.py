@@ -91,13 +91,14 @@ def test_a_run_goes_on_where_it_was_killed(run: RUN) -> None:
         ('{"prompt": "a", "messages": []}\n', "exactly one of prompt"),
         ('{"prompt": "a", "temprature": 1}\n', "'temprature' is no parameter"),
         ('{"prompt": "a", "top_p": 7}\n', "line 1: top_p is 7"),
-        ('{"id": 1, "prompt": "a"}\n{"prompt": "a"}\n{"id": "1", "prompt": "b"}\n', "line 3: id '1'"),
+        (
+            '{"id": 1, "prompt": "a"}\n{"prompt": "a"}\n{"id": "1", "prompt": "b"}\n',
+            "line 3: id '1'",
+        ),
         ("\xff\n", "cannot be read"),
     ],
 )
-def test_a_wrong_file_is_refused_before_anything_runs(
-    run: RUN, content: str, message: str
-) -> None:
+def test_a_wrong_file_is_refused_before_anything_runs(run: RUN, content: str, message: str) -> None:
     Path("in.jsonl").write_text(content, encoding="latin-1")
     assert message in run(code=2)
     assert not Path("out.jsonl").exists()

@@ -121,7 +121,17 @@ def test_a_draft_is_measured_on_text_beside_plain_decoding(run: RUN, tmp_path: P
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abcabcabcabc\nhello\n")
     found = json.loads(
-        run("--draft", "ngram", "--draft-tokens", "3", "--text", str(prompts), "--gen", "9", "--json")
+        run(
+            "--draft",
+            "ngram",
+            "--draft-tokens",
+            "3",
+            "--text",
+            str(prompts),
+            "--gen",
+            "9",
+            "--json",
+        )
     )
     assert found["drafter"] == "ngram"
     assert found["same"] is True

@@ -1,4 +1,4 @@
-"""What a request may ask for: several answers, log probabilities, deadlines, tenants, determinism."""
+"""What a request may ask for: several answers, log probabilities, deadlines, determinism."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def test_answers_of_one_prompt_share_its_cache_and_differ() -> None:
 @pytest.mark.parametrize("blocks", [10, 64])
 @pytest.mark.parametrize("lanes", [1, 2, 8])
 @pytest.mark.parametrize("prefix_cache", [False, True])
-def test_several_answers_do_not_depend_on_room(
-    blocks: int, lanes: int, prefix_cache: bool
-) -> None:
+def test_several_answers_do_not_depend_on_room(blocks: int, lanes: int, prefix_cache: bool) -> None:
     params = SamplingParams(temperature=1.5, seed=3, max_tokens=10, n=3, ignore_eos=True)
     reference = Engine(FakeStep(max_tokens=64), blocks=200)
     first = reference.add_request([5] * 17, params)
