@@ -11,7 +11,8 @@ DEMO := models/demo/smelt-demo
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install check format test test-slow test-gpu goldens demo bench bench-quality bench-peers-quality size clean
+.PHONY: help install check format test test-slow test-gpu goldens demo bench bench-quality bench-peers-quality
+.PHONY: bench-throughput crossings soak size clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -72,6 +73,16 @@ bench-peers-quality: $(STAMP) $(PEER_STAMP) ## KL beside llm-compressor's AWQ, G
 	$(BIN)/python -m benchmarks.llm_compressor --python $(PEER)/bin/python \
 	  --work build/llm-compressor-logits --out benchmarks/results/llm_compressor.json \
 	  --docs docs/quantization.md
+
+bench-throughput: $(STAMP) ## many requests at once beside transformers, one interleaved run
+	$(BIN)/python -m benchmarks.throughput
+
+crossings: $(STAMP) ## every pair of the runtime's features against plain output
+	$(BIN)/python -m benchmarks.crossings --docs docs/crossings.md
+
+MINUTES ?= 10
+soak: $(STAMP) ## random requests, cancellations and failures; nothing may be left
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 size: ## lines of code by folder
 	@for d in compiler passes runtime models cli smelt tests; do \

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .options import Artifact
+from smelt.runtime.errors import UserError
+
+from .options import Artifact, Draft, DraftTokens, engine_options
 from .progress import counting
 
 if TYPE_CHECKING:
     from smelt.runtime.measure import Measurement
+    from smelt.runtime.measure_draft import DraftMeasurement
 
 
 def command(
@@ -20,6 +24,12 @@ def command(
     batch: Annotated[int, typer.Option("--batch", help="Sequences at once.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", help="Rounds; medians are printed.")] = 3,
     seed: Annotated[int, typer.Option("--seed", help="Of the random prompts.")] = 0,
+    draft: Draft = None,
+    draft_tokens: DraftTokens = "auto",
+    text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--text", help="With --draft: prompts, one a line.", show_default=False),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
@@ -30,7 +40,15 @@ def command(
     a buffer larger than the caches, timed before every round. A decode step reads the weights once,
     so with one sequence tokens a second times bytes of weights cannot exceed it (cache reads of a
     small model can).
+
+    With --draft, real prompts are answered instead, with the draft and without it in turns, and
+    what drafting gains is printed.
     """
+    if draft is not None:
+        _draft(artifact, draft, draft_tokens, text, gen, rounds, as_json)
+        return
+    if text is not None:
+        raise UserError("--text is for --draft: without one, prompts are random tokens")
     from smelt import load
     from smelt.runtime.measure import bench
 
@@ -51,6 +69,48 @@ def command(
         print(json.dumps(vars(found)))
     else:
         print(report(found, batch))
+
+
+def _draft(
+    artifact: Path,
+    draft: str,
+    draft_tokens: str,
+    text: Path | None,
+    gen: int,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    from smelt import load
+    from smelt.runtime.measure_draft import PROMPTS, measure_draft, prompts_of
+
+    from .generate import read_prompts
+
+    texts = PROMPTS if text is None else read_prompts([], text)
+    options = engine_options(None, None, draft, draft_tokens)
+    with load(artifact, **options) as llm:
+        found = measure_draft(llm, prompts_of(llm, texts), gen, rounds)
+    if as_json:
+        import json
+
+        print(json.dumps({**vars(found), "speed_up": found.speed_up}))
+    else:
+        print(draft_report(found))
+
+
+def draft_report(found: DraftMeasurement) -> str:
+    """What drafting gained, as a few lines."""
+    same = "the same" if found.same else "not all the same: logits that tie fall either way"
+    return "\n".join(
+        (
+            f"with {found.drafter:<13} {found.tokens_per_s:.1f} tokens/s",
+            f"without            {found.plain_tokens_per_s:.1f} tokens/s",
+            f"speed-up           {found.speed_up:.2f}x",
+            f"drafts accepted    {found.acceptance:.1%}",
+            f"accepted length    {found.accepted_length:.2f} tokens a drafted step",
+            f"steps with a draft {found.drafted_steps:.1%}",
+            f"tokens             {same}",
+        )
+    )
 
 
 def report(found: Measurement, batch: int) -> str:

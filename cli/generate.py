@@ -121,7 +121,7 @@ def command(
             raise UserError("--input FILE and --output FILE go together, and without other prompts")
         answer_file(requests, answers, params, lambda: load(artifact, **options), as_json)
         return
-    texts = _prompts(prompts or [], file)
+    texts = read_prompts(prompts or [], file)
     with load(artifact, **options) as llm:
         if as_json:
             _print_json(llm.generate(texts, params))
@@ -136,7 +136,7 @@ def command(
                 print()
 
 
-def _prompts(given: list[str], file: Path | None) -> list[str]:
+def read_prompts(given: list[str], file: Path | None) -> list[str]:
     """From the command line, a file, or stdin; blank lines are no prompts."""
     if file is not None:
         if given:

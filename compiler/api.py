@@ -190,8 +190,14 @@ def _stages(
 def _check_step(program: Program) -> None:
     """Raise UserError when a pass the engine cannot do without was skipped."""
     inputs = {entry.name for entry in program.inputs.values()}
-    lacking = "insert-kv-cache" if program.caches is None else "keep-logits-rows"
-    if program.caches is None or "logits_rows" not in inputs:
+    lacking = None
+    if program.caches is None:
+        lacking = "insert-kv-cache"
+    elif "logits_rows" not in inputs:
+        lacking = "keep-logits-rows"
+    elif program.calls(torch.ops.smelt.sequence_length.default):
+        lacking = "insert-rope-lengths"
+    if lacking is not None:
         raise UserError(
             f"without the pass {lacking} there is no step to compile; "
             "add --stop-after to look at the graph without it"

@@ -94,6 +94,8 @@ def example_inputs(spec: CacheSpec, device: str) -> tuple[torch.Tensor, ...]:
         torch.tensor([3, 2, 3], dtype=small),
         torch.ones(EXAMPLE_T, EXAMPLE_W, dtype=torch.bool),
     ]
+    if spec.rope is not None:
+        out.append(torch.arange(1, EXAMPLE_T + 1, dtype=long))
     for _ in spec.groups:
         out += [
             torch.arange(EXAMPLE_T, dtype=long),
@@ -113,6 +115,8 @@ def dynamic_shapes(spec: CacheSpec) -> tuple[dict[int, Any], ...]:
         {0: dynamic},
         {0: dynamic, 1: dynamic},
     ]
+    if spec.rope is not None:
+        out.append(tokens)
     for _ in spec.groups:
         out += [tokens, {0: dynamic, 1: dynamic}]
     out.append({0: dynamic})

@@ -33,6 +33,8 @@ def spec_values(spec: CacheSpec, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     values["query_start"] = torch.tensor([0, count], dtype=torch.int32)
     values["seq_lens"] = torch.tensor([count], dtype=torch.int32)
     values["tree_mask"] = no_tree(count)
+    if spec.rope is not None:
+        values["rope_lens"] = torch.full((count,), count)
     for g in range(len(spec.groups)):
         values[f"slot_mapping_{g}"] = torch.arange(count)
         values[f"block_tables_{g}"] = torch.arange(blocks, dtype=torch.int32)[None]

@@ -14,6 +14,7 @@ from smelt.passes.attention.expose_features import ExposeFeatures
 from smelt.passes.attention.kv_cache import InsertKvCache
 from smelt.passes.attention.logits_rows import KeepLogitsRows
 from smelt.passes.attention.quantize_kv_cache import QuantizeKvCache
+from smelt.passes.attention.rope_lengths import InsertRopeLengths
 from smelt.passes.base import Pass
 from smelt.passes.canonical.gated_activation import CanonicalizeGatedActivation
 from smelt.passes.canonical.layer_norm import CanonicalizeLayerNorm
@@ -76,7 +77,7 @@ def pipeline(config: PipelineConfig) -> list[Stage]:
     if config.features != "none":
         exposed = ExposeFeatures()
         stages.append(Stage(exposed, exposed.options({"kind": config.features})))
-    stages.append(stage(InsertKvCache()))
+    stages += [stage(InsertKvCache()), stage(InsertRopeLengths())]
     if config.kv_cache != "auto":
         quantized = QuantizeKvCache()
         stages.append(Stage(quantized, quantized.options({"format": config.kv_cache})))

@@ -22,11 +22,13 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import smelt.runtime.ops  # noqa: F401 - registers the operators
-from smelt.models.config import max_positions, shrink
+from smelt.models.config import SHRUNK_LIMIT, max_positions, shrink
 from smelt.models.skeleton import build, fake_parameters
 from smelt.passes.program import Facts, Input, Program, Role
 from smelt.passes.weights import WeightPlan
 from smelt.runtime.errors import UserError
+
+from .rotary import RotaryError, length_rotaries, rotation_by_token
 
 ATTENTION = "smelt"
 TRACE_TOKENS = 24
@@ -174,14 +176,14 @@ def export(model: nn.Module) -> ExportedProgram:
     ids = torch.zeros(TRACE_TOKENS, dtype=torch.int64)
     dynamic = {0: Dim.DYNAMIC}
     try:
-        with _our_interfaces(model), torch.no_grad():
+        with _our_interfaces(model), rotation_by_token(model), torch.no_grad():
             return torch.export.export(
                 PackedForward(model),
                 (ids, torch.arange(TRACE_TOKENS)),
                 dynamic_shapes=(dynamic, dynamic),
                 strict=False,
             )
-    except TraceError:
+    except (TraceError, RotaryError):
         raise
     except Exception as error:
         raise TraceError(
@@ -269,7 +271,8 @@ def count_modules(model: nn.Module) -> dict[str, int]:
             counts["gated_mlp"] += 1
         elif kind.endswith("Experts") and name:
             counts["experts"] += 1
-    return dict(counts)
+    counts["rotary_by_length"] = len(length_rotaries(model))
+    return {kind: count for kind, count in counts.items() if count}
 
 
 def refuse_unsupported(program: Program, config: Any) -> None:
@@ -289,24 +292,6 @@ def refuse_unsupported(program: Program, config: Any) -> None:
     keys = Counter(_source(node.args[1]) for node in nodes)
     if max(keys.values()) > 1:
         raise TraceError(f"{name} shares keys between layers; this is not supported yet")
-    _refuse_rotary(config, name)
-
-
-def _refuse_rotary(config: Any, name: str) -> None:
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    kinds = {p.get("rope_type") for p in _rope_dicts(parameters)}
-    for kind in kinds & {"dynamic", "longrope"}:
-        raise TraceError(
-            f"{name} uses {kind} rotary scaling, which depends on the length of the sequence; "
-            "this is not supported yet"
-        )
-
-
-def _rope_dicts(parameters: Any) -> list[dict[str, Any]]:
-    if not isinstance(parameters, dict):
-        return []
-    nested = [p for p in parameters.values() if isinstance(p, dict)]
-    return nested or [parameters]
 
 
 _VIEWS = {
@@ -372,10 +357,15 @@ def check_against_eager(config: Any, trust_remote_code: bool = False) -> tuple[P
     """
     small, model, ids, expected = _small_model(config, trust_remote_code)
     positions = torch.arange(ids.shape[0])
-    _refuse_rotary(small, type(model).__name__)
     exported = export(model)
     with torch.no_grad():
         difference = (exported.module()(ids, positions) - expected).abs().max().item()
+        if length_rotaries(model):
+            # The sequence above is longer than the limit of the small model, this one is not.
+            few = slice(0, SHRUNK_LIMIT - 3)
+            short = PackedForward(model)(ids[few], positions[few])
+            again = exported.module()(ids[few], positions[few])
+            difference = max(difference, (again - short).abs().max().item())
     if not difference <= 1e-4:
         raise TraceError(
             f"{type(model).__name__}: the traced graph's logits differ from eager's by "

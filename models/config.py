@@ -63,8 +63,35 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def rope_dicts(config: Any) -> list[dict[str, Any]]:
+    """A configuration's rotary parameters: one dictionary, or one for each type of layer."""
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(config, name, None)
+        if isinstance(parameters, dict):
+            return [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    return []
+
+
 def max_positions(config: Any) -> int:
-    """The context length of a configuration, in tokens."""
+    """The context length of a configuration, in tokens, position scaling included.
+
+    Linear (Chen et al. 2023, arXiv:2306.15595), dynamic NTK and YaRN scaling stretch the length of
+    training by their factor, and configurations by convention leave `max_position_embeddings` at
+    that length; longrope and llama3 name the stretched length there, and so does a configuration
+    with parameters for each type of layer.
+    """
+    length = _positions(config)
+    dicts = rope_dicts(config)
+    if len(dicts) != 1 or not isinstance(dicts[0].get("factor"), int | float):
+        return length
+    kind, factor = dicts[0].get("rope_type", dicts[0].get("type")), float(dicts[0]["factor"])
+    if kind in ("linear", "dynamic", "yarn"):
+        trained = dicts[0].get("original_max_position_embeddings") or length
+        return max(length, int(trained * factor))
+    return length
+
+
+def _positions(config: Any) -> int:
     for name in (
         "max_position_embeddings",
         "n_positions",
@@ -117,7 +144,7 @@ def shrink(config: Any, widths: bool = True) -> Any:
         "num_local_experts": 4,
         "num_experts": 4,
         "num_experts_per_tok": 2,
-        "max_position_embeddings": min(max_positions(config), 4096),
+        "max_position_embeddings": min(_positions(config), 4096),
     }
     if shared:
         sizes["num_kv_shared_layers"] = layers // 2
@@ -139,7 +166,31 @@ def shrink(config: Any, widths: bool = True) -> Any:
         if isinstance(value, list):
             with contextlib.suppress(AttributeError):
                 setattr(small, name, value[:layers])
+    _shrink_rotary(small)
     return small
+
+
+# Where length-dependent rotary scaling switches in a small model: below the tokens of a check.
+SHRUNK_LIMIT = 16
+
+
+def _shrink_rotary(small: Any) -> None:
+    """Switching lengths and lists of factors that fit the small sizes."""
+    for parameters in rope_dicts(small):
+        kind = parameters.get("rope_type", parameters.get("type"))
+        if kind == "dynamic":
+            small.max_position_embeddings = SHRUNK_LIMIT
+        if kind != "longrope":
+            continue
+        parameters["original_max_position_embeddings"] = SHRUNK_LIMIT
+        if hasattr(small, "original_max_position_embeddings"):
+            small.original_max_position_embeddings = SHRUNK_LIMIT
+        heads = small.num_attention_heads
+        size = getattr(small, "head_dim", None) or small.hidden_size // heads
+        pairs = -(-int(size * parameters.get("partial_rotary_factor", 1.0)) // 2)
+        for name in ("short_factor", "long_factor"):
+            values = parameters[name]
+            parameters[name] = [values[i * len(values) // pairs] for i in range(pairs)]
 
 
 _DEPTHS = ("vocab_size", "num_hidden_layers", "num_kv_shared_layers")

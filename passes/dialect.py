@@ -13,7 +13,7 @@ from .program import Dialect, Program, Role, module_path
 
 smelt = torch.ops.smelt
 
-_TRACED = {"attention", "experts"}
+_TRACED = {"attention", "experts", "sequence_length"}
 _SEMANTIC = _TRACED | {"rms_norm", "rope", "gated_activation"}
 _PACKED = {
     *("linear_int2", "linear_int3", "linear_int4", "linear_int8", "linear_w8a8", "linear_fp8"),
@@ -21,7 +21,7 @@ _PACKED = {
 }
 _QUANTIZED = _SEMANTIC | _PACKED
 _CACHED = (_QUANTIZED - {"attention"}) | {"cached_attention", "cached_attention_quantized"}
-_LOWERED = _CACHED | {
+_LOWERED = (_CACHED - {"sequence_length"}) | {
     "linear",
     "experts_dense",
     "cached_attention_reference",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .length_scaling import LengthScaling
 from .ops.cache_format import CACHE_FORMATS, row_bytes
 
 CONTRACT_VERSION = 3
@@ -45,7 +46,8 @@ class CacheSpec:
     One tensor a layer, [blocks, 2, block_size, G, width]: index 0 of dimension 1 is K, 1 is V. The
     number of blocks is the engine's choice at load time. heads and head_sizes (D) are per layer.
     format: "auto" holds D elements of `dtype`; the others hold quantized rows, bytes with the
-    row's scale behind them, in tensors of uint8 (runtime/ops/cache_format.py).
+    row's scale behind them, in tensors of uint8 (runtime/ops/cache_format.py). rope: set where the
+    keys depend on the length of their sequence, too; the step then takes `rope_lens`.
 
     Raises ContractError for a format that is not known or does not fit the dtype.
     """
@@ -56,6 +58,7 @@ class CacheSpec:
     head_sizes: tuple[int, ...]
     groups: tuple[CacheGroup, ...]
     format: str = "auto"
+    rope: LengthScaling | None = None
 
     def __post_init__(self) -> None:
         if self.format not in CACHE_FORMATS:
@@ -98,11 +101,14 @@ class CacheSpec:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        if self.rope is None:  # written only where the contract has it
+            del data["rope"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CacheSpec:
-        missing = [f.name for f in fields(cls) if f.name not in data]
+        missing = [f.name for f in fields(cls) if f.name not in data and f.name != "rope"]
         if missing:
             raise ContractError(f"cache specification lacks {', '.join(missing)}")
         groups = tuple(
@@ -115,6 +121,7 @@ class CacheSpec:
             tuple(data["head_sizes"]),
             groups,
             str(data["format"]),
+            LengthScaling.from_json(data["rope"]) if data.get("rope") else None,
         )
 
 
@@ -182,11 +189,14 @@ TOKEN_INPUTS = ("input_ids", "position_ids")
 BATCH_INPUTS = ("query_start", "seq_lens", "tree_mask")
 GROUP_INPUTS = ("slot_mapping", "block_tables")
 ROW_INPUT = "logits_rows"
+ROPE_INPUT = "rope_lens"  # only where `CacheSpec.rope` is set
 
 
 def step_input_names(spec: CacheSpec) -> list[str]:
     """Names of the graph's inputs, in order, without weights."""
     names = [*TOKEN_INPUTS, *BATCH_INPUTS]
+    if spec.rope is not None:
+        names.append(ROPE_INPUT)
     for i in range(len(spec.groups)):
         names += [f"{name}_{i}" for name in GROUP_INPUTS]
     names.append(ROW_INPUT)
@@ -207,7 +217,8 @@ class Batch:
     slot_mapping: one int64 [T] a group, block * block_size + offset, or -1 for "do not write";
     block_tables: one int32 [B, M] a group; logits_rows: int64 [R]; tree_mask: bool [T, W], whether
     a token sees the j-th token that its own sequence brings in this step; W is 0 where all see
-    those before them.
+    those before them. rope_lens: int64 [T], the length whose rotary factors a token takes
+    (`LengthScaling.lengths`); None where factors do not depend on lengths.
     """
 
     input_ids: torch.Tensor
@@ -218,22 +229,29 @@ class Batch:
     block_tables: list[torch.Tensor]
     logits_rows: torch.Tensor
     tree_mask: torch.Tensor
+    rope_lens: torch.Tensor | None = None
 
     @classmethod
     def named(cls, values: Mapping[str, torch.Tensor], spec: CacheSpec) -> Batch:
         """From tensors by the names of `step_input_names`."""
         groups = range(len(spec.groups))
         return cls(
-            *(values[name] for name in (*TOKEN_INPUTS, "query_start", "seq_lens")),
-            [values[f"slot_mapping_{g}"] for g in groups],
-            [values[f"block_tables_{g}"] for g in groups],
-            values[ROW_INPUT],
-            values["tree_mask"],
+            input_ids=values["input_ids"],
+            position_ids=values["position_ids"],
+            query_start=values["query_start"],
+            seq_lens=values["seq_lens"],
+            slot_mapping=[values[f"slot_mapping_{g}"] for g in groups],
+            block_tables=[values[f"block_tables_{g}"] for g in groups],
+            logits_rows=values[ROW_INPUT],
+            tree_mask=values["tree_mask"],
+            rope_lens=values[ROPE_INPUT] if spec.rope is not None else None,
         )
 
     def tensors(self) -> list[torch.Tensor]:
         """In the order of `step_input_names`, caches excluded."""
         out = [self.input_ids, self.position_ids, self.query_start, self.seq_lens, self.tree_mask]
+        if self.rope_lens is not None:
+            out.append(self.rope_lens)
         for slots, table in zip(self.slot_mapping, self.block_tables, strict=True):
             out += [slots, table]
         out.append(self.logits_rows)
@@ -252,9 +270,13 @@ class Batch:
                 raise ContractError(f"{name} has {size} entries, the graph takes at most {limit}")
         if len(self.block_tables) != len(spec.groups) or len(self.slot_mapping) != len(spec.groups):
             raise ContractError(f"block_tables: expected {len(spec.groups)} cache groups")
+        if (self.rope_lens is None) != (spec.rope is None):
+            asks = "needs" if self.rope_lens is None else "does not take"
+            raise ContractError(f"rope_lens: the graph {asks} the lengths of sequences")
         tokens = self.input_ids.shape[0]
         for name, tensor in (
             ("position_ids", self.position_ids),
+            *((ROPE_INPUT, r) for r in (self.rope_lens,) if r is not None),
             ("tree_mask", self.tree_mask),
             *(("slot_mapping", s) for s in self.slot_mapping),
         ):

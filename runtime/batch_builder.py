@@ -34,6 +34,7 @@ class BatchBuilder:
         self.device = device
         self.padded = padded
         self.block_size = spec.block_size
+        self.rope = spec.rope
         self._mirrors = [np.zeros((lanes, layout.max_blocks), np.int32) for _ in spec.groups]
 
     def build(self, chunks: list[Chunk]) -> Batch:
@@ -55,12 +56,15 @@ class BatchBuilder:
         else:
             ids = list(chain.from_iterable(_ids(chunk) for chunk in chunks))
             positions = list(chain.from_iterable(_positions(chunk) for chunk in chunks))
+        rope_lens = self._rope_lens(chunks, starts, positions) if self.rope else None
         slots = [self._slots(chunks, group) for group in range(len(self._mirrors))]
         mask = _tree_mask(chunks, starts) if any(chunk.parents for chunk in chunks) else None
         if self.padded:
             missing = self.padded - len(ids)
             ids += [0] * missing
             positions += [0] * missing
+            if rope_lens is not None:
+                rope_lens += [1] * missing
             slots = [each + [-1] * missing for each in slots]
             rows += [0] * (self.padded - len(rows))
             if mask is not None:
@@ -74,6 +78,7 @@ class BatchBuilder:
             block_tables=[self._table(chunks, g, width) for g in range(len(slots))],
             logits_rows=self._tensor(rows, torch.int64),
             tree_mask=self._moved(no_tree(len(ids)) if mask is None else mask),
+            rope_lens=None if rope_lens is None else self._tensor(rope_lens, torch.int64),
         )
 
     def _check(self, tokens: int, sequences: int, width: int, rows: int, length: int) -> None:
@@ -96,6 +101,14 @@ class BatchBuilder:
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.device.type == "cpu" else tensor.to(self.device)
+
+    def _rope_lens(self, chunks: list[Chunk], starts: list[int], positions: list[int]) -> list[int]:
+        assert self.rope is not None
+        found: list[int] = []
+        for chunk, start in zip(chunks, starts, strict=False):
+            own, at = chunk.sequence, positions[start : start + chunk.count]
+            found += self.rope.lengths(len(own.tokens), own.prompt_length, at)
+        return found
 
     def _slots(self, chunks: list[Chunk], group: int) -> list[int]:
         size = self.block_size

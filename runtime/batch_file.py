@@ -1,7 +1,7 @@
 """A file of requests in, a file of answers out: resumable, one JSON object a line.
 
 A line is {"prompt": text} or {"messages": [...]} or {"token_ids": [...]}, with an optional "id" and
-any fields of `SamplingParams`; the answer's line has the same "id" (without one, the line's number).
+any fields of `SamplingParams`; the answer's line has the same "id", or the line's number.
 Answers are appended as they come, in their order of completion; what stands in the output already
 is not computed again.
 """

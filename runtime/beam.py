@@ -35,7 +35,7 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool = False,
 ) -> Output:
-    """The `width` best answers, best first, as transformers' `generate(num_beams=width)` finds them.
+    """The `width` best answers, best first, as transformers finds them (`num_beams=width`).
 
     A beam's score is the sum of its tokens' log probabilities over its length to the power of
     length_penalty. early_stopping: end as soon as `width` beams have ended; otherwise when no

@@ -86,6 +86,7 @@ class Engine:
             layout.max_rows,
             prefix_cache=chosen.prefix_cache,
             policy=chosen.policy,
+            rope=spec.rope,
         )
         running = self.scheduler.max_running
         self.builder = BatchBuilder(spec, layout, program.device, running, padded)
@@ -263,10 +264,13 @@ class Engine:
         for chunk in chunks:
             sample = chunk.sequence
             found = sample.prompt_logprobs
-            if found is not None and chunk.start < sample.prompt_length - 1:
+            # Of a sequence that stepped back while it answered they are known.
+            new = found is not None and not sample.generated
+            if new and chunk.start < sample.prompt_length - 1:
                 end = min(chunk.start + chunk.count, sample.prompt_length - 1)
                 rows = logits[row : row + end - chunk.start]
                 tokens = sample.tokens[chunk.start + 1 : end + 1]
+                assert found is not None
                 del found[chunk.start :]  # a prompt that was begun before and preempted
                 found += top_logprobs(rows, tokens, sample.params.prompt_logprobs or 0)
             row += chunk.rows

@@ -202,7 +202,7 @@ class LLM:
         self.close()
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text as the model wants them, BOS where it has one; ids stay as they are."""
+        """Token ids of a text, behind BOS where the model has one; ids stay as they are."""
         if not isinstance(prompt, str):
             return list(prompt)
         tokens = self.tokenizer.encode(prompt)

@@ -87,7 +87,7 @@ class Mlfq(Fcfs):
     preemptive = True
     levels = 8
 
-    def __init__(self, quantum: int = 32, starvation_s: float = 10.0) -> None:
+    def __init__(self, quantum: int = 64, starvation_s: float = 60.0) -> None:
         self.quantum = quantum
         self.starvation_s = starvation_s
 

@@ -15,6 +15,7 @@ from bisect import insort
 from collections.abc import Callable
 
 from .blocks import BlockTable, Copies, PagedMemory
+from .length_scaling import LengthScaling
 from .policies import Policy, make_policy
 from .prefix_cache import PrefixCache
 from .sequence import Chunk, Sequence
@@ -25,7 +26,8 @@ class Scheduler:
 
     max_tokens: tokens a step; max_running: sequences that may run at a time; max_rows: rows of
     logits a step; prefix_cache: keep what was computed for later requests; policy: the order, a
-    name or an object; clock: seconds, for arrival, aging and deadlines.
+    name or an object; clock: seconds, for arrival, aging and deadlines; rope: set where cached keys
+    depend on the length of their sequence.
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class Scheduler:
         prefix_cache: bool = True,
         policy: str | Policy = "fcfs",
         clock: Callable[[], float] = time.monotonic,
+        rope: LengthScaling | None = None,
     ) -> None:
         self.memory = memory
         self.cache = PrefixCache(memory, prefix_cache)
         self.policy = make_policy(policy)
         self.clock = clock
+        self.rope = rope
         self.max_tokens = max_tokens
         self.max_rows = max_rows or max_tokens
         self.max_running = min(max_running, max_tokens, self.max_rows)
@@ -79,6 +83,7 @@ class Scheduler:
         sequence.tables = [table.fork() for table in lead.tables]
         sequence.node, sequence.cached_blocks = lead.node, lead.cached_blocks
         sequence.computed, sequence.reused = lead.computed, lead.reused
+        sequence.regime = lead.regime
         sequence.arrival = lead.arrival
         self.add(sequence)
 
@@ -99,6 +104,8 @@ class Scheduler:
         """
         if self.waiting and self.policy.preemptive:
             self._reorder()
+        if self.rope is not None:
+            self._drop_outgrown()
         before = self.preemptions
         chunks = self._decodes()
         self._prefills(chunks)
@@ -124,7 +131,7 @@ class Scheduler:
             self.running.sort(key=self.policy.key)
 
     def advance(self, sequence: Sequence, computed: int) -> None:
-        """The first `computed` tokens are in the cache: keep full blocks, free what no window sees."""
+        """So many tokens are in the cache: keep full blocks, free what no window sees."""
         sequence.computed = computed
         size = self.memory.block_size
         if self.cache.enabled and sequence.node and (sequence.cached_blocks + 1) * size <= computed:
@@ -171,6 +178,19 @@ class Scheduler:
         sequence.queued = now
         self._wait(sequence)
 
+    def _drop_outgrown(self) -> None:
+        """A cache whose keys have the factors of a shorter sequence is given up, and made anew."""
+        for sequence in [s for s in self.running if self._regime(s) != s.regime]:
+            self._preempt(sequence)
+        for sequence in self.waiting:
+            if sequence.tables and self._regime(sequence) != sequence.regime:
+                self._release(sequence, True)
+
+    def _regime(self, sequence: Sequence) -> int:
+        if self.rope is None:
+            return 0
+        return self.rope.regime(len(sequence.tokens), sequence.prompt_length)
+
     def _decodes(self) -> list[Chunk]:
         """One token each first, so that nobody's draft keeps another from decoding."""
         chunks: list[Chunk] = []
@@ -191,6 +211,8 @@ class Scheduler:
         sequence = chunk.sequence
         room = self.memory.room(sequence.tables, sequence.computed) - sequence.computed - 1
         count = min(len(sequence.draft), spare, room, sequence.limit - len(sequence.tokens))
+        if self.rope is not None and (most := self.rope.room(len(sequence.tokens))) is not None:
+            count = min(count, most)
         if count <= 0 or not self._grow(sequence, sequence.computed + 1 + count):
             return 0
         chunk.draft = sequence.draft[:count]
@@ -283,13 +305,16 @@ class Scheduler:
         """
         sequence.tables = self.memory.new_tables()
         sequence.computed = sequence.cached_blocks = 0
+        sequence.regime = self._regime(sequence)
         if not self.cache.enabled:
             return
-        sequence.node = self.cache.root(sequence.salt)
+        # Equal tokens with other factors are other keys.
+        salt = (sequence.salt, sequence.regime) if sequence.regime else sequence.salt
+        sequence.node = self.cache.root(salt)
         if sequence.fresh and not sequence.generated:
             return
         size, blocks = self.memory.block_size, self.memory.capacity // self.memory.block_size
-        nodes, found = self.cache.find(sequence.tokens[:-1], sequence.salt)
+        nodes, found = self.cache.find(sequence.tokens[:-1], salt)
         if found % size and -(-sequence.limit // size) >= blocks:
             # Copying the block that is shared in part takes one more than this pool has.
             nodes, found = nodes[:-1], found - found % size

@@ -24,6 +24,7 @@ class Sequence:
     lane: its row in per-sequence arrays while it runs, otherwise -1; reused: prompt tokens that
     were in the cache already. arrival, deadline: seconds of the scheduler's clock; priority: less
     goes first; salt: requests of different salts share no cache; level, served: of the policy.
+    regime: which rotary factors its cached keys have (`LengthScaling.regime`).
     fresh: every prompt token must be computed (their log probabilities are wanted). draft:
     proposed tokens to verify in the next step; parents: of each the index of the one before it,
     -1 for the last known token; None for a chain. logprobs: whether those of its tokens are wanted;
@@ -41,6 +42,7 @@ class Sequence:
     arrival: float = 0.0
     deadline: float | None = None
     salt: Hashable = None
+    regime: int = 0
     fresh: bool = False
     tables: list[BlockTable] = field(default_factory=list)
     node: Node | None = None

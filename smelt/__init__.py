@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .compiler.api import compile_model as compile
     from .compiler.export import export
     from .passes.base import Pass
+    from .runtime.async_engine import AsyncEngine
     from .runtime.engine import Engine
     from .runtime.errors import SmeltError, UserError
-    from .runtime.async_engine import AsyncEngine
     from .runtime.llm import LLM
     from .runtime.outputs import Output
     from .runtime.sampling_params import SamplingParams
@@ -67,9 +67,10 @@ def load(path: str | Path, **options: Any) -> LLM:
 
     options, all by name: kv_cache_tokens (tokens the KV cache holds over all sequences) or
     kv_cache_fraction (of the free memory; 0.4 if neither is given); draft ("ngram", the folder of a
-    smaller artifact, "medusa:FOLDER" or "eagle3:FOLDER") and draft_tokens; deterministic; prefix_cache; policy; max_tokens (of a
-    step): see `EngineOptions`. An artifact made for another machine or torch version is rebuilt in
-    place from its portable program, with a notice. Raises UserError or SmeltError.
+    smaller artifact, "medusa:FOLDER" or "eagle3:FOLDER") and draft_tokens; deterministic;
+    prefix_cache; policy; max_tokens (of a step): see `EngineOptions`. An artifact made for another
+    machine or torch version is rebuilt in place from its portable program, with a notice. Raises
+    UserError or SmeltError.
     """
     from .runtime.errors import TargetMismatch
     from .runtime.llm import load as open_llm

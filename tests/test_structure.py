@@ -26,6 +26,7 @@ ALLOWED = {
     "passes": (
         "smelt.passes",
         "smelt.runtime.ops",
+        "smelt.runtime.speculation",
         "smelt.runtime.batch",
         "smelt.runtime.errors",
     ),

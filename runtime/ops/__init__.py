@@ -10,6 +10,7 @@ from . import (  # noqa: F401
     linear_w8a8,
     norm,
     rope,
+    sequence_length,
 )
 from .attention import attention as attention_reference
 from .attention import cached_attention as cached_attention_reference

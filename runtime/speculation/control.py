@@ -12,7 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable
 
 LENGTHS = (0, 1, 2, 3, 4, 6, 8)
-PROBE_EVERY = 48
+PROBE_EVERY = 48  # steps, doubled each time that a probe finds nothing better
+PROBE_AT_LEAST_EVERY = 1536
+DECIDE_EVERY = 4  # steps: the choice costs as much as a small model's sampling
 KEEP = 0.9  # of an old estimate, with each new measurement
 
 
@@ -44,26 +46,37 @@ class DraftLength:
         self.acceptance = Average()
         self.proposing = Average()  # seconds a proposed token
         self._seconds: dict[int, Average] = defaultdict(Average)  # of a step, by its tokens
-        self._steps = 0
+        self._until_probe = PROBE_EVERY
+        self._pause = PROBE_EVERY
+        self._last = self._sequences = 0
 
     def choose(self, sequences: int) -> int:
         """Tokens to draft for each of so many sequences, 0 for none."""
         if self.fixed is not None:
             return self.fixed
-        self._steps += 1
         plain = self._seconds[_size(sequences)].value
         accepted = self.acceptance.value
         if plain is None:
             return 0  # what a step costs without a draft has to be known first
+        middle = self.lengths[len(self.lengths) // 2]
         if accepted is None:
-            return self.lengths[len(self.lengths) // 2]
+            return middle
+        self._until_probe -= 1
+        if self._until_probe % DECIDE_EVERY and sequences == self._sequences:
+            return self._last
+        self._sequences = sequences
         best = max(self.lengths, key=lambda n: self._rate(n, sequences, accepted, plain))
-        if self._steps % PROBE_EVERY:
+        if bool(best) != bool(self._last):
+            self._pause = PROBE_EVERY
+        self._last = best
+        if self._until_probe > 0:
             return best
-        return 0 if best else self.lengths[len(self.lengths) // 2]
+        self._pause = min(2 * self._pause, PROBE_AT_LEAST_EVERY)
+        self._until_probe = self._pause
+        return 0 if best else middle
 
     def _rate(self, count: int, sequences: int, accepted: float, plain: float) -> float:
-        """Tokens a second and sequence; a size never seen is taken to cost what a plain step does."""
+        """Tokens a second and sequence; a size never seen costs what smaller ones do."""
         a = min(accepted, 0.99)
         tokens = (1 - a ** (count + 1)) / (1 - a)
         nodes = self.nodes(count)

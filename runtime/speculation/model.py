@@ -33,6 +33,7 @@ class _Shadow:
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = Sequence(sequence.id, [], sequence.params, sequence.limit)
+        self.sequence.prompt_length = sequence.prompt_length
         self.known = 0  # of `fed`, how many were the model's own at the last proposal
         self.drafted: list[int] = []
         self.q: list[torch.Tensor] = []
@@ -66,6 +67,7 @@ class ModelDrafter:
         self.program = program
         self.coupled = coupled
         self.vocab_size = vocab_size
+        self.rope = program.spec.rope
         spec, layout = program.spec, program.layout
         blocks = cache_blocks(spec, layout, program.device)
         self.memory = PagedMemory(blocks, spec.block_size, [g.window for g in spec.groups])
@@ -84,6 +86,8 @@ class ModelDrafter:
         for sequence, count in zip(sequences, counts, strict=True):
             shadow = self._follow(sequence)
             room = self.program.layout.max_position - len(sequence.tokens)
+            if self.rope is not None and (most := self.rope.room(len(sequence.tokens))) is not None:
+                room = min(room, most)
             if shadow is not None and min(count, room) > 0:
                 asked.append((sequence, shadow, min(count, room)))
         for done in range(max((count for *_, count in asked), default=0)):
@@ -106,12 +110,19 @@ class ModelDrafter:
         if len(sequence.tokens) >= self.program.layout.max_position:
             return None
         shadow = self._shadows.get(sequence)
+        regime = 0
+        if self.rope is not None:
+            regime = self.rope.regime(len(sequence.tokens), sequence.prompt_length)
+        if shadow is not None and shadow.sequence.regime != regime:
+            self.drop(sequence)  # its keys were turned by other factors
+            shadow = None
         if shadow is None:
             if not self._lanes:
                 return None
             shadow = self._shadows[sequence] = _Shadow(sequence)
             shadow.sequence.tables = self.memory.new_tables()
             shadow.sequence.lane = self._lanes.pop()
+            shadow.sequence.regime = regime
         shadow.follow(sequence.tokens)
         for table in shadow.sequence.tables:
             table.slide(shadow.known)

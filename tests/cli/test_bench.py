@@ -115,3 +115,27 @@ def test_prefill_longer_than_a_step_and_a_batch_that_starts_in_parts() -> None:
     assert 0 < found.decode_tokens <= 3 * 11
     assert found.ttft_s <= found.prefill_s
     assert not engine.has_work
+
+
+def test_a_draft_is_measured_on_text_beside_plain_decoding(run: RUN, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abcabcabcabc\nhello\n")
+    found = json.loads(
+        run(
+            "--draft",
+            "ngram",
+            "--draft-tokens",
+            "3",
+            "--text",
+            str(prompts),
+            "--gen",
+            "9",
+            "--json",
+        )
+    )
+    assert found["drafter"] == "ngram"
+    assert found["same"] is True
+    assert found["speed_up"] == pytest.approx(found["tokens_per_s"] / found["plain_tokens_per_s"])
+    assert 0 <= found["acceptance"] <= 1 <= found["accepted_length"]
+    assert "speed-up" in run("--draft", "ngram", "--rounds", "1", "--gen", "4")
+    assert "--text is for --draft" in run("--text", str(prompts), code=2)

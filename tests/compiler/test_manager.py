@@ -396,4 +396,4 @@ def test_the_default_order_is_legal_and_splits_before_the_providers() -> None:
     PassManager(stages).check_order()
     portable, target = portable_stages(stages)
     assert [stage.pass_.name for stage in target] == ["choose-providers"]
-    assert portable[-1].pass_.name == "insert-kv-cache"
+    assert portable[-1].pass_.name == "insert-rope-lengths"

@@ -131,21 +131,6 @@ def test_an_encoder_is_refused() -> None:
     refused(tiny_config("bert"), "Bert.*(decoder-only|causal)")
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rotary_scaling_that_depends_on_the_length_is_refused(kind: str) -> None:
-    config = tiny_config("llama", max_position_embeddings=64)
-    parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
-    if kind == "longrope":
-        ones = [1.0] * 8
-        parameters |= {
-            "short_factor": ones,
-            "long_factor": [2.0] * 8,
-            "original_max_position_embeddings": 32,
-        }
-    config.rope_parameters = parameters
-    refused(config, f"LlamaForCausalLM uses {kind} rotary scaling")
-
-
 def test_keys_shared_between_layers_are_refused() -> None:
     config = tiny_config(
         "gemma3n_text",

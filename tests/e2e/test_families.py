@@ -12,7 +12,7 @@ from helpers.tiny import FAMILIES
 import smelt
 from smelt.compiler.api import Artifact
 from smelt.compiler.trace import PackedForward, _small_model
-from smelt.runtime.batch import Batch
+from smelt.runtime.batch import Batch, no_tree
 
 # Together these cover two window groups, learned positions with Conv1D, and experts.
 QUICK = ("gemma3_text", "gpt2", "qwen3_moe")
@@ -40,6 +40,7 @@ def batch(chunks: list[tuple[list[int], int, list[int]]], groups: int, width: in
         [torch.tensor(slots)] * groups,
         [torch.tensor(tables, dtype=torch.int32)] * groups,
         torch.arange(len(ids)),
+        no_tree(len(ids)),
     )
 
 

@@ -70,7 +70,13 @@ def check(folder: Path, subject: Subject, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "kind"),
-    [("eager", "final"), ("eager", "eagle3"), ("aoti", "eagle3"), ("compile", "eagle3")],
+    [
+        ("eager", "final"),
+        ("eager", "eagle3"),
+        pytest.param("aoti", "final", marks=pytest.mark.slow),
+        pytest.param("aoti", "eagle3", marks=pytest.mark.slow),
+        pytest.param("compile", "eagle3", marks=pytest.mark.slow),
+    ],
 )
 def test_every_backend_gives_eagers_vectors(tmp_path: Path, backend: str, kind: str) -> None:
     subject = tiny_program("llama")

@@ -14,6 +14,7 @@ import torch
 
 import smelt.runtime.ops  # noqa: F401  (registers the operators)
 from smelt.runtime.batch import Batch, BatchLayout, CacheGroup, CacheSpec, Features
+from smelt.runtime.length_scaling import DYNAMIC, LengthScaling
 from smelt.runtime.ops.cache_format import dequantize_rows, quantize_rows
 
 
@@ -57,7 +58,19 @@ class FakeModel:
         if readable is not None:
             self.bias.fill_(-100.0)[readable] = 0.0
 
-    def embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rope: LengthScaling | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Positions mean something else where `rope` says so of a token's length."""
+        if rope is not None and lengths is not None:
+            other = positions + 1024
+            if rope.kind == DYNAMIC:
+                other = (1024 + 3 * positions + 7 * lengths) % len(self.positions)
+            positions = torch.where(lengths > rope.limit, other, positions)
         return self.embedding[ids] + self.positions[positions]
 
     def heads(self, x: torch.Tensor, layer: int) -> tuple[torch.Tensor, ...]:
@@ -81,9 +94,10 @@ def rowwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class FakeStep:
     """`StepProgram` over `FakeModel`: layer i sees windows[i] tokens (0: all).
 
-    format: of the cache; the oracle rounds what the cache would. features: "final" or "eagle3",
-    what `run_with_features` gives: the rows before the head, or the embedded tokens and what the
-    first and the last layer give.
+    format: of the cache; the oracle rounds what the cache would. rope: what a position means
+    depends on the length of the sequence. features: "final" or "eagle3", what `run_with_features`
+    gives: the rows before the head, or the embedded tokens and what the first and the last layer
+    give.
     """
 
     def __init__(
@@ -96,6 +110,7 @@ class FakeStep:
         max_position: int = 128,
         max_rows: int = 8,
         format: str = "auto",
+        rope: LengthScaling | None = None,
         features: str | None = None,
     ) -> None:
         self.model = model or FakeModel(layers=len(windows))
@@ -109,7 +124,7 @@ class FakeStep:
         layers = len(windows)
         dtype = "float32" if format == "auto" else "uint8"
         self.spec = CacheSpec(
-            block_size, dtype, (KV_HEADS,) * layers, (SIZE,) * layers, groups, format
+            block_size, dtype, (KV_HEADS,) * layers, (SIZE,) * layers, groups, format, rope
         )
         self.group_of = [kinds.index(w) for w in windows]
         self.layout = BatchLayout(
@@ -142,7 +157,7 @@ class FakeStep:
         batch.check(self.layout, self.spec)
         self.batches.append(batch)
         model = self.model
-        x = model.embed(batch.input_ids, batch.position_ids)
+        x = model.embed(batch.input_ids, batch.position_ids, self.spec.rope, batch.rope_lens)
         streams = [x]
         for layer, window in enumerate(self.windows):
             q, k, v = model.heads(x, layer)
@@ -160,10 +175,17 @@ class FakeStep:
             streams.append(x)
         return model.logits(x[batch.logits_rows]), streams
 
-    def oracle(self, tokens: list[int]) -> torch.Tensor:
-        """Logits [len, V] of one sequence, computed whole and without a cache."""
-        ids = torch.tensor(tokens)
-        x = self.model.embed(ids, torch.arange(len(tokens)))
+    def oracle(self, tokens: list[int], prompt: int | None = None) -> torch.Tensor:
+        """Logits [len, V] of one sequence, computed whole and without a cache.
+
+        prompt: how many tokens are its prompt, where that matters; all of them otherwise.
+        """
+        ids, positions = torch.tensor(tokens), torch.arange(len(tokens))
+        rope, lengths = self.spec.rope, None
+        if rope is not None:
+            given = len(tokens) if prompt is None else prompt
+            lengths = torch.tensor(rope.lengths(len(tokens), given, positions.tolist()))
+        x = self.model.embed(ids, positions, rope, lengths)
         for layer, window in enumerate(self.windows):
             q, k, v = self.model.heads(x, layer)
             if self.spec.format != "auto":
@@ -175,7 +197,7 @@ class FakeStep:
 
     def greedy(self, tokens: list[int], count: int) -> list[int]:
         """`count` greedy tokens after `tokens`, by the oracle."""
-        tokens = list(tokens)
+        tokens, prompt = list(tokens), len(tokens)
         for _ in range(count):
-            tokens.append(int(self.oracle(tokens)[-1].argmax()))
+            tokens.append(int(self.oracle(tokens, prompt)[-1].argmax()))
         return tokens[-count:]

@@ -29,7 +29,8 @@ class Stepper:
     """A cached or lowered program run eagerly over sequences whose blocks interleave.
 
     Block tables are dealt out so that neighbouring blocks of the pool belong to different sequences
-    and no sequence's blocks are in order; each cache group has a table of its own.
+    and no sequence's blocks are in order; each cache group has a table of its own. prompts: how
+    many tokens of each sequence are its prompt, where rotary factors depend on it; else all.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class Stepper:
         program: Program | Opened,
         weights: Mapping[str, torch.Tensor],
         sequences: Sequence[torch.Tensor],
+        prompts: Sequence[int] | None = None,
     ) -> None:
         assert program.caches is not None
         self.program, self.weights, self.sequences = program, weights, sequences
-        spec = program.caches
+        self.spec = spec = program.caches
         self.block = spec.block_size
         wide = -(-max(len(s) for s in sequences) // self.block)
         count = len(sequences) * wide
@@ -55,10 +57,12 @@ class Stepper:
             else:
                 cache.random_(0, 256)
         self.done = [0] * len(sequences)
+        self.prompts = list(prompts or [len(s) for s in sequences])
 
     def step(self, chunks: Mapping[int, int]) -> dict[int, torch.Tensor]:
         """Run the next chunks[b] tokens of each sequence b; logits [chunks[b], V] of each."""
-        ids, positions, slots, starts, lengths = [], [], [], [0], []
+        ids, positions, slots, starts, lengths, rope = [], [], [], [0], [], []
+        scaling = self.spec.rope
         for b, count in chunks.items():
             at = torch.arange(self.done[b], self.done[b] + count)
             ids.append(self.sequences[b][at])
@@ -68,6 +72,9 @@ class Stepper:
             )
             starts.append(starts[-1] + count)
             lengths.append(self.done[b] + count)
+            if scaling is not None:
+                known = max(self.prompts[b], lengths[-1])
+                rope += scaling.lengths(known, self.prompts[b], at.tolist())
             self.done[b] += count
         rows = list(chunks)
         values = {
@@ -78,6 +85,8 @@ class Stepper:
             "logits_rows": torch.arange(starts[-1]),
             "tree_mask": no_tree(starts[-1]),
         }
+        if scaling is not None:
+            values["rope_lens"] = torch.tensor(rope)
         for g, table in enumerate(self.tables):
             values[f"slot_mapping_{g}"] = torch.cat([s[g] for s in slots])
             values[f"block_tables_{g}"] = table[rows]

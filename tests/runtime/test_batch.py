@@ -18,6 +18,7 @@ from smelt.runtime.batch import (
     no_tree,
     step_input_names,
 )
+from smelt.runtime.length_scaling import LengthScaling
 
 LAYOUT = BatchLayout(max_tokens=8, max_sequences=3, max_blocks=4, max_rows=5, max_position=64)
 
@@ -90,6 +91,23 @@ def test_a_batchs_tensors_are_in_that_order() -> None:
     assert len(one.tensors()) == 10
     assert found["slot_mapping_1"] is slots[1] and found["block_tables_0"] is tables[0]
     assert found["logits_rows"] is one.logits_rows and found["seq_lens"] is one.seq_lens
+
+
+def test_lengths_for_rotary_factors_are_an_input_only_where_they_matter() -> None:
+    plain = sample_spec()
+    spec = replace(plain, rope=LengthScaling("longrope", 32))
+    assert CacheSpec.from_json(spec.to_json()) == spec
+    assert CacheSpec.from_json(plain.to_json()) == plain and "rope" not in plain.to_json()
+    assert step_input_names(spec).index("rope_lens") == 5
+    assert [n for n in step_input_names(spec) if n != "rope_lens"] == step_input_names(plain)
+    lengths = torch.full((5,), 9)
+    one = batch(rope_lens=lengths)
+    one.check(LAYOUT, spec)
+    assert one.tensors()[5] is lengths
+    with pytest.raises(ContractError, match="rope_lens: the graph does not take the lengths"):
+        one.check(LAYOUT, plain)
+    with pytest.raises(ContractError, match="rope_lens has 4 entries for 5 tokens"):
+        batch(rope_lens=lengths[:4]).check(LAYOUT, spec)
 
 
 def test_caches_are_allocated_a_layer_each() -> None:

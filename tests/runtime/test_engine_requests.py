@@ -1,4 +1,4 @@
-"""What a request may ask for: several answers, log probabilities, deadlines, tenants, determinism."""
+"""What a request may ask for: several answers, log probabilities, deadlines, determinism."""
 
 from __future__ import annotations
 

@@ -288,6 +288,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
         },
         "rms_norm": (x, None, 1e-5, 0.0),
         "rope": (heads(3), table, table, False),
+        "sequence_length": (torch.arange(3), "longrope", 2),
         "gated_activation": (x, x, "silu"),
         **{
             f"experts{suffix}": (

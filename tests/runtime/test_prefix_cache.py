@@ -12,7 +12,7 @@ from smelt.runtime.prefix_cache import PrefixCache, common_prefix
 
 
 def keep(cache: PrefixCache, tokens: list[int], salt: object = None) -> bool:
-    """Compute `tokens` with nothing but fresh blocks, as a request would; False if none are left."""
+    """Compute `tokens` in fresh blocks, as a request would; False if none are left."""
     memory, size = cache.memory, cache.memory.block_size
     tables = memory.new_tables()
     while memory.grow(tables, 0, len(tokens)) is None:

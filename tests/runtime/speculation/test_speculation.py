@@ -226,12 +226,12 @@ def test_sampled_tokens_follow_the_models_distribution() -> None:
 
 
 def test_a_structure_holds_behind_drafts() -> None:
+    import tempfile
+    from pathlib import Path
+
     from helpers.fake_artifact import EOS, VOCAB, write_tokenizer
 
     from smelt.runtime.tokenizer import Tokenizer
-
-    import tempfile
-    from pathlib import Path
 
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
