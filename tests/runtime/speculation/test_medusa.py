@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from smelt.runtime.engine import Engine
 from smelt.runtime.errors import UserError
 from smelt.runtime.sampling_params import SamplingParams
+from smelt.runtime.speculation.control import DraftLength
 from smelt.runtime.speculation.medusa import CHOICES, MedusaDrafter, MedusaHeads, open_medusa
 from smelt.runtime.speculation.open import open_drafter
 
@@ -232,3 +233,16 @@ def test_heads_of_nonsense_only_cost_time() -> None:
     engine = steps_of(step, drafter, params, draft_tokens=2)
     plain = Engine(step, blocks=200)
     assert answers(engine, [[7, 8]], [params]) == answers(plain, [[7, 8]], [params])
+
+
+def test_a_wide_tree_is_charged_for_all_its_nodes() -> None:
+    """With the same acceptance a chain pays and a tree of ten nodes a level does not."""
+    chosen = []
+    for nodes in (1, 10):
+        length = DraftLength(longest=3, nodes=lambda levels, n=nodes: n * levels)
+        for levels in (0, 1, 2, 3):
+            length.stepped(1 + nodes * levels, 1 + 0.2 * nodes * levels)
+        length.verified(10, 6)
+        chosen.append(length.choose(1))
+    assert chosen[0] > 0 and chosen[1] == 0
+    assert DraftLength(8, longest=3).choose(1) == 3
