@@ -47,7 +47,7 @@ struct Product<bf16> {
 
 template <class T, int N, int M>
 inline void dense_tile(const T* w, int64_t k, const typename Product<T>::X* x, int64_t x_row,
-                       float (*out)[kDenseM]) {
+                       float (*out)[kDenseN]) {
   V acc[N][M];
   for (auto& row : acc)
     for (auto& a : row) a = zero();
@@ -70,14 +70,24 @@ inline void dense_tile(const T* w, int64_t k, const typename Product<T>::X* x, i
       for (int c = 0; c < M; c++) acc[r][c] = p.add_to(acc[r][c], x + c * x_row + i);
     }
   }
-  for (int r = 0; r < N; r++)
-    for (int c = 0; c < M; c++) out[r][c] = sum(acc[r][c]);
+#if defined(SMELT_AVX512)
+  // Adding up sixteen registers one by one would take longer than a short row's products.
+  if constexpr (N == 4 && M > 1) {
+    V all[16];
+    for (int r = 0; r < 4; r++)
+      for (int c = 0; c < 4; c++) all[4 * r + c] = c < M ? acc[r][c < M ? c : 0] : zero();
+    store(&out[0][0], sums(all));
+    return;
+  }
+#endif
+  for (int c = 0; c < M; c++)
+    for (int r = 0; r < N; r++) out[c][r] = sum(acc[r][c]);
 }
 
 // Chooses the tile made for m rows of x, of those made for M and fewer.
 template <class T, int N, int M>
 inline void dense_columns(const T* w, int64_t k, const typename Product<T>::X* x, int64_t x_row,
-                          int64_t m, float (*out)[kDenseM]) {
+                          int64_t m, float (*out)[kDenseN]) {
   if (m == M) return dense_tile<T, N, M>(w, k, x, x_row, out);
   if constexpr (M > 1) dense_columns<T, N, M - 1>(w, k, x, x_row, m, out);
 }
@@ -89,22 +99,23 @@ void dense_rows(const Dense& d, int64_t first, int64_t last) {
   for (int64_t n = first; n < last;) {
     const int64_t rows = last - n >= kDenseN ? kDenseN : 1;
     const T* w = (const T*)d.weight + n * d.k;
-    float bias[16] = {};
-    if (d.bias) store(bias, load_some((const T*)d.bias + n, rows));
+    float repeated[16] = {};  // the bias of these rows, once for each row of x
+    if (d.bias) store(repeated, load_some((const T*)d.bias + n, rows));
+    for (int64_t i = kDenseN; i < kDenseM * kDenseN; i++) repeated[i] = repeated[i % kDenseN];
+    const V bias = load(repeated);
     for (int64_t m = 0; m < d.m; m += kDenseM) {
       const int64_t columns = smaller(kDenseM, d.m - m);
       const X* x = (const X*)d.packed_x + m * x_row;
-      float sums[kDenseN][kDenseM];
+      alignas(64) float totals[kDenseM][kDenseN] = {};
       if (rows == kDenseN) {
-        dense_columns<T, kDenseN, kDenseM>(w, d.k, x, x_row, columns, sums);
+        dense_columns<T, kDenseN, kDenseM>(w, d.k, x, x_row, columns, totals);
       } else {
-        dense_columns<T, 1, kDenseM>(w, d.k, x, x_row, columns, sums);
+        dense_columns<T, 1, kDenseM>(w, d.k, x, x_row, columns, totals);
       }
-      for (int64_t c = 0; c < columns; c++) {
-        float line[16] = {};
-        for (int64_t r = 0; r < rows; r++) line[r] = sums[r][c] + bias[r];
-        store_some((T*)d.out + (m + c) * d.n + n, load(line), rows);
-      }
+      alignas(64) T rounded[kDenseM * kDenseN < 16 ? 16 : kDenseM * kDenseN];
+      store(rounded, add(load_some(&totals[0][0], kDenseM * kDenseN), bias));
+      for (int64_t c = 0; c < columns; c++)
+        std::memcpy((T*)d.out + (m + c) * d.n + n, rounded + c * kDenseN, rows * sizeof(T));
     }
     n += rows;
   }

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <cstddef>
+#include <cstring>
 #include <type_traits>
 
 namespace smelt {

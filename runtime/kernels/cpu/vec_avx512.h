@@ -17,6 +17,24 @@ inline V max(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline V min(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline float sum(V a) { return _mm512_reduce_add_ps(a.v); }
+// The sums of a[4 r + c], for r and c below 4, in lane 4 c + r, each added up in the order of `sum`.
+inline V sums(const V* a) {
+  __m512 halves[8], quarters[4], pairs[2];
+  for (int i = 0; i < 8; i++) {
+    const __m512 x = a[2 * i].v, y = a[2 * i + 1].v;
+    halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  }
+  for (int i = 0; i < 4; i++) {
+    const __m512 x = halves[2 * i], y = halves[2 * i + 1];
+    quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  }
+  for (int i = 0; i < 2; i++) {
+    const __m512 x = quarters[2 * i], y = quarters[2 * i + 1];
+    pairs[i] = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88),
+                        _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd))};
+}
 inline float largest(V a) { return _mm512_reduce_max_ps(a.v); }
 inline V round(V a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline V times_power_of_two(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }
