@@ -37,8 +37,11 @@ class BatchBuilder:
         self.rope = spec.rope
         self._mirrors = [np.zeros((lanes, layout.max_blocks), np.int32) for _ in spec.groups]
 
-    def build(self, chunks: list[Chunk]) -> Batch:
-        """Raises `ContractError` where a step would leave the ranges the graph was made for."""
+    def build(self, chunks: list[Chunk], ahead: int = 0) -> Batch:
+        """Raises `ContractError` where a step would leave the ranges the graph was made for.
+
+        ahead: tokens behind each chunk whose blocks the tables are to hold already.
+        """
         starts = [0]
         for chunk in chunks:
             starts.append(starts[-1] + chunk.count)
@@ -48,7 +51,7 @@ class BatchBuilder:
             for chunk, end in zip(chunks, starts[1:], strict=True)
             for row in range(end - chunk.rows, end)
         ]
-        width = -(-max(lengths) // self.block_size)
+        width = -(-(max(lengths) + ahead) // self.block_size)
         self._check(starts[-1], len(chunks), width, len(rows), max(lengths))
         if starts[-1] == len(chunks):
             ids = [chunk.sequence.tokens[chunk.start] for chunk in chunks]

@@ -8,10 +8,12 @@ draft together, a token a step.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..batch import Batch
 from ..batch_builder import BatchBuilder
 from ..blocks import PagedMemory
 from ..filters import draw
@@ -90,10 +92,14 @@ class ModelDrafter:
                 room = min(room, most)
             if shadow is not None and min(count, room) > 0:
                 asked.append((sequence, shadow, min(count, room)))
-        for done in range(max((count for *_, count in asked), default=0)):
-            active = [(s, d) for s, d, n in asked if len(d.drafted) == done < n]
-            if not self._step(active):
-                break
+        self._step([(s, d) for s, d, _ in asked])
+        rest = [(s, d, n) for s, d, n in asked if d.drafted and n > 1]
+        plain = all(s.sampler is not None and s.sampler.plain for s, *_ in rest)
+        if rest and plain and self.rope is None:
+            self._chain([(s, d) for s, d, _ in rest], min(n for *_, n in rest) - 1)
+        else:
+            for done in range(1, max((n for *_, n in rest), default=0)):
+                self._step([(s, d) for s, d, n in rest if len(d.drafted) == done < n])
         return [self._proposal(sequence) for sequence in sequences]
 
     def observe(self, sequence: Sequence, position: int, features: torch.Tensor) -> None: ...
@@ -128,8 +134,8 @@ class ModelDrafter:
             table.slide(shadow.known)
         return shadow
 
-    def _step(self, active: list[tuple[Sequence, _Shadow]]) -> bool:
-        """Read what is pending and draft one more token for each; False if nobody got one."""
+    def _step(self, active: list[tuple[Sequence, _Shadow]]) -> None:
+        """Read what is pending and draft one more token for each that has no more to read."""
         budget = self.program.layout.max_tokens
         chunks = []
         for _, shadow in active:
@@ -141,13 +147,53 @@ class ModelDrafter:
                 budget -= count
         chunks = [chunk for chunk in chunks if chunk.sequence.tables]
         if not chunks:
-            return False
+            return
         logits = self.program.run(self.builder.build(chunks), self.caches)
         drafting = {chunk.sequence for chunk in chunks if chunk.rows}
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
         self._pick([(s, d) for s, d in active if d.sequence in drafting], logits)
-        return bool(drafting)
+
+    def _chain(self, active: list[tuple[Sequence, _Shadow]], count: int) -> None:
+        """`count` more tokens for each, all of them the best ones.
+
+        Each step's tensors follow from those before, on the device: for a small draft model, making
+        them anew and reading every token back would take as long as the model.
+        """
+        grown = [
+            (s, d)
+            for s, d in active
+            if d.sequence.tables and self._grow(d, d.sequence.computed + count)
+        ]
+        grown = [(s, d) for s, d in grown if d.sequence.tables]
+        if not grown:
+            return
+        chunks = [Chunk(d.sequence, d.sequence.computed, 1, 1) for _, d in grown]
+        batch = self.builder.build(chunks, ahead=count - 1)
+        found = []
+        for _ in range(count):
+            if found:
+                batch = self._next(batch, found[-1])
+            found.append(_fit(self.program.run(batch, self.caches), self.vocab_size).argmax(-1))
+        for (_, shadow), tokens in zip(grown, torch.stack(found, 1).tolist(), strict=True):
+            shadow.sequence.computed += count
+            shadow.sequence.tokens += tokens
+            shadow.drafted += tokens
+
+    def _next(self, batch: Batch, tokens: torch.Tensor) -> Batch:
+        """The step after `batch`, which had one token a sequence: `tokens` [B], one further."""
+        positions = batch.position_ids + 1
+        size = self.program.spec.block_size
+        index, offset = (positions // size)[:, None], positions % size
+        return replace(
+            batch,
+            input_ids=tokens,
+            position_ids=positions,
+            seq_lens=batch.seq_lens + 1,
+            slot_mapping=[
+                table.gather(1, index)[:, 0].long() * size + offset for table in batch.block_tables
+            ],
+        )
 
     def _pick(self, active: list[tuple[Sequence, _Shadow]], logits: torch.Tensor) -> None:
         """Choose the token behind each row of logits."""
