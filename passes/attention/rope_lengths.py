@@ -11,7 +11,7 @@ from torch import fx
 from smelt.runtime.batch import ROPE_INPUT, LengthScaling
 
 from ..base import Exact, Pass, PassResult
-from ..program import Dialect, Program, Role
+from ..program import Program, Role
 
 
 class InsertRopeLengths(Pass):
@@ -32,7 +32,6 @@ class InsertRopeLengths(Pass):
 
     name = "insert-rope-lengths"
     summary = "rotary factors that depend on the length take it from the batch, token by token"
-    requires = Dialect.CACHED
     after = ("insert-kv-cache",)
     numerics = Exact()
 

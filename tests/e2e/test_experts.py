@@ -88,19 +88,21 @@ def test_experts_in_blocks_of_scales_are_exported_dequantized(tmp_path: Path) ->
 
     # gate_up has 192 rows: an expert's second block is not full.
     options: dict[str, Any] = {"quant": "fp8", "group_size": 128}
-    sizes = {**SIZES, "num_hidden_layers": 1, "num_local_experts": 4}
-    smelt.compile(module("Mixtral", **sizes), tmp_path / "out", backend="eager", **options)
+    sizes = {**SIZES, "num_hidden_layers": 1, "num_local_experts": 4, "hidden_size": 128}
+    original = module("Mixtral", **sizes)
+    smelt.compile(original, tmp_path / "out", backend="eager", **options)
     done = smelt.export(tmp_path / "out", tmp_path / "ct")
     listed = [note for note in done.notes if "one scale a row only, in float8" in note]
     assert len(listed) == 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32).eval()
-    ids = torch.arange(3, 24) * 5 % 128
-    want = Stepper(Opened(tmp_path / "out"), {}, [ids]).step({0: 21})[0]
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(ids[None]).logits[0], want, atol=2e-2, rtol=2e-2)
+    # Logits say little here: inputs are rounded differently, and a router's choice may flip.
+    ours, theirs = (m.model.layers[0].mlp.experts for m in (original, loaded))
+    for name in ("gate_up_proj", "down_proj"):
+        wanted, found = getattr(ours, name), getattr(theirs, name)
+        torch.testing.assert_close(found, wanted.float(), rtol=0.07, atol=2e-3)
+        assert not torch.equal(found, wanted.float())
 
 
-@pytest.mark.parametrize(("format", "group"), [("int4", 32), ("int3", 16)])
 def test_experts_are_exported_dequantized(format: str, group: int, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
