@@ -107,6 +107,8 @@ def parameters(pair: set[str]) -> SamplingParams:
     params = SamplingParams(max_tokens=24)
     if "n > 1" in pair:
         params = replace(params, n=3, temperature=0.9, seed=7)
+    if "preemption" in pair:  # answers that outgrow the cache, however few steps they take
+        params = replace(params, max_tokens=48, ignore_eos=True)
     if "structured output" in pair:
         params = replace(params, structured=Structured(regex="[A-Za-z0-9 .,+-]{4,20}[.!]"))
     return params
@@ -125,7 +127,7 @@ def opened(artifacts: Artifacts, pair: set[str], plain: bool) -> Iterator[LLM]:
         if "chunked prefill" in pair:
             options["max_tokens"] = 7
         if "preemption" in pair:
-            options["kv_cache_tokens"] = 64
+            options["kv_cache_tokens"] = 96
         if "n-gram" in pair:
             options |= {"draft": "ngram", "draft_tokens": 3}
         if "draft" in pair:

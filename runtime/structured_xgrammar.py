@@ -117,13 +117,15 @@ class XGrammarMatcher:
         self.error: str | None = None
         self._matcher = xgrammar.GrammarMatcher(compiled)
         self._ends = frozenset(info.stop_token_ids)
+        # No grammar has them, and the library complains on stderr about each that is offered.
+        self._never = self._ends | frozenset(info.special_token_ids)
 
     @property
     def finished(self) -> bool:
         return bool(self._matcher.is_terminated())
 
     def fill(self, mask: torch.Tensor, draft: Sequence[int] = ()) -> bool:
-        if self.finished or not self._ends.isdisjoint(draft):
+        if self.finished or not self._never.isdisjoint(draft):
             return False
         moved = 0
         try:
