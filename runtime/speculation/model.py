@@ -170,7 +170,7 @@ class ModelDrafter:
             return
         chunks = [Chunk(d.sequence, d.sequence.computed, 1, 1) for _, d in grown]
         batch = self.builder.build(chunks, ahead=count - 1)
-        found = []
+        found: list[torch.Tensor] = []
         for _ in range(count):
             if found:
                 batch = self._next(batch, found[-1])

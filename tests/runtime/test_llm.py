@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from helpers.fake_step import one_thread  # noqa: F401  (autouse fixture)
 
 import smelt
 from smelt.runtime.llm import LLM, load
+from smelt.runtime.outputs import Completion
 from smelt.runtime.sampling_params import SamplingParams
 
 MAKE = Callable[..., LLM]
@@ -173,3 +175,39 @@ def test_public_names() -> None:
     assert {"compile", "Pass", "Engine", "Artifact"} <= set(dir(smelt))
     with pytest.raises(AttributeError):
         smelt.nothing  # noqa: B018
+
+
+def test_the_best_of_several_answers_are_returned(make: MAKE) -> None:
+    llm = make()
+    params = SamplingParams(max_tokens=6, temperature=1.2, seed=4, ignore_eos=True, logprobs=0)
+    many = llm.generate("Hello", replace(params, n=6))[0]
+    assert [completion.index for completion in many.outputs] == list(range(6))
+    assert many.text == many.outputs[0].text
+
+    def mean(completion: Completion) -> float:
+        assert completion.cumulative_logprob is not None
+        return completion.cumulative_logprob / len(completion.token_ids)
+
+    best = sorted(many.outputs, key=mean, reverse=True)[:2]
+    found = llm.generate("Hello", replace(params, n=2, best_of=6, logprobs=None))[0]
+    assert [c.token_ids for c in found.outputs] == [c.token_ids for c in best]
+    assert all(c.logprobs is None for c in found.outputs)
+    with pytest.raises(smelt.UserError, match="one answer"):
+        llm.stream("Hello", replace(params, n=2))
+
+
+def test_requests_are_taken_as_they_are_answered(make: MAKE) -> None:
+    llm = make()
+    taken = []
+
+    def source() -> Iterator[tuple[int, str, SamplingParams]]:
+        for number in range(20):
+            taken.append(number)
+            yield number, f"prompt {number}", SamplingParams(max_tokens=1 + number % 5)
+
+    found = {}
+    for number, output in llm.run(source(), in_flight=4):
+        assert len(taken) - len(found) <= 4
+        found[number] = output.token_ids
+    assert found.keys() == set(range(20))
+    assert found[7] == llm.generate("prompt 7", SamplingParams(max_tokens=3))[0].token_ids
