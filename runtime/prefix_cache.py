@@ -11,7 +11,7 @@ least recently used leaf goes first when blocks run out, never one that a runnin
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
 
 from .blocks import PagedMemory
@@ -101,19 +101,20 @@ class PrefixCache:
             pool.share(block)
         at = bisect_left(parent.keys, tokens)
         before = parent.children[parent.keys[at - 1]] if at else None
+        node = Node(tokens, tuple(blocks), parent)
+        parent.children[tokens] = node
+        parent.keys.insert(at, tokens)
+        self._clock += 1
+        node.used = self._clock
+        self._push(node)
         if (
             before is not None
             and before.tokens == tokens[: len(before.tokens)]
             and not before.children
             and self._idle(before)
         ):
-            self._remove(before)  # the beginning of what is kept now
-        node = Node(tokens, tuple(blocks), parent)
-        parent.children[tokens] = node
-        insort(parent.keys, tokens)
-        self._clock += 1
-        node.used = self._clock
-        self._push(node)
+            # The beginning of what is kept now. Not sooner: a root without children is dropped.
+            self._remove(before)
         return node
 
     def reclaim(self) -> bool:

@@ -60,6 +60,13 @@ def test_salts_share_nothing() -> None:
     assert cache.find(list(range(8)))[1] == 0
 
 
+def test_a_tenants_only_block_may_be_replaced_by_a_longer_one() -> None:
+    cache = PrefixCache(PagedMemory(8, 4, [0]))
+    for tokens in ([1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]):
+        assert keep(cache, tokens, salt="a")  # which checks that no block is lost
+        assert cache.find(tokens, "a")[1] == len(tokens)
+
+
 def test_the_least_recently_used_leaf_goes_first_and_a_read_one_never() -> None:
     memory = PagedMemory(4, 2, [0])
     cache = PrefixCache(memory)
