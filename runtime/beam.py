@@ -6,7 +6,7 @@ costs one token a beam.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .errors import UserError
@@ -89,4 +89,4 @@ def _completion(llm: LLM, index: int, beam: _Beam) -> Completion:
     stopped = bool(beam.tokens) and beam.tokens[-1] in llm.engine.eos_token_ids
     text = llm.tokenizer.decode(beam.tokens[:-1] if stopped else beam.tokens)
     reason = "stop" if stopped else "length"
-    return replace(Completion(index, text, beam.tokens, reason), cumulative_logprob=beam.total)
+    return Completion(index, text, beam.tokens, reason, cumulative_logprob=beam.total)

@@ -125,7 +125,7 @@ class Engine:
         metrics.asked_tokens = scheduler.asked_tokens
         metrics.reused_tokens = scheduler.found_tokens
         metrics.free_blocks = self.memory.free
-        metrics.cached_blocks = sum(1 for _ in scheduler.cache)
+        metrics.cached_blocks = scheduler.cache.nodes
         return metrics
 
     def add_request(

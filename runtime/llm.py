@@ -81,16 +81,9 @@ class LLM:
         """
         many = _prompt_list(prompts)
         each = _params_list(params, len(many))
-        requests: list[Collector] = []
-        try:
-            for prompt, wanted in zip(many, each, strict=True):
-                requests.append(self._add_or_fail(prompt, wanted))
-            while not all(request.done for request in requests):
-                self._pump()
-        finally:
-            for request in requests:
-                if not request.done:
-                    self.engine.abort(request.id)
+        numbered = ((i, *pair) for i, pair in enumerate(zip(many, each, strict=True)))
+        done = dict(self._answer(numbered, len(many)))
+        requests = [done[i] for i in range(len(many))]
         if requests and all(request.exception for request in requests):
             requests[0].raise_error()
         return [request.output for request in requests]
@@ -104,31 +97,8 @@ class LLM:
         keep every lane of the engine busy.
         """
         limit = in_flight or 4 * self.engine.scheduler.max_running
-        source = iter(requests)
-        active: dict[int, tuple[Key, Collector]] = {}
-        more = True
-        try:
-            while True:
-                while more and len(active) < limit:
-                    request = next(source, None)
-                    if request is None:
-                        more = False
-                        break
-                    key, prompt, params = request
-                    collector = self._add_or_fail(prompt, params)
-                    if collector.done:
-                        yield key, collector.output
-                    else:
-                        active[collector.id] = (key, collector)
-                if not active:
-                    return
-                self._pump()
-                for number in [n for n, (_, c) in active.items() if c.done]:
-                    key, collector = active.pop(number)
-                    yield key, collector.output
-        finally:
-            for number in active:
-                self.engine.abort(number)
+        for key, collector in self._answer(requests, limit):
+            yield key, collector.output
 
     def stream(
         self,
@@ -214,9 +184,32 @@ class LLM:
 
     def collector(self, prompt_tokens: int, params: SamplingParams) -> Collector:
         """What gathers a request's outputs; texts are decoded there, if no stop string is."""
-        samples = max(params.n, params.best_of or 1)
         own = self.tokenizer if not params.stop else None
-        return Collector(prompt_tokens, own, samples, params.n, params.logprobs is not None)
+        return Collector(prompt_tokens, own, params.samples, params.n, params.logprobs is not None)
+
+    def _answer(
+        self, requests: Iterable[tuple[Key, Prompt, SamplingParams]], limit: int
+    ) -> Iterator[tuple[Key, Collector]]:
+        """Each request when it is done, at most `limit` under way; leaving early ends the rest."""
+        source = iter(requests)
+        active: dict[int, tuple[Key, Collector]] = {}
+        try:
+            while True:
+                while len(active) < limit and (request := next(source, None)) is not None:
+                    key, prompt, params = request
+                    collector = self._add_or_fail(prompt, params)
+                    if collector.done:
+                        yield key, collector
+                    else:
+                        active[collector.id] = (key, collector)
+                if not active:
+                    return
+                self._pump()
+                for number in [n for n, (_, c) in active.items() if c.done]:
+                    yield active.pop(number)
+        finally:
+            for number in active:
+                self.engine.abort(number)
 
     def _add_or_fail(self, prompt: Prompt, params: SamplingParams) -> Collector:
         """A prompt that cannot run fails alone, as one that fails while it runs."""

@@ -58,6 +58,7 @@ class PrefixCache:
         self.memory = memory
         self.enabled = enabled
         self.evictions = 0
+        self.nodes = 0
         self._roots: dict[Hashable, Node] = {}
         self._clock = 0
         self._leaves: list[tuple[int, int, Node]] = []  # a heap; entries may be out of date
@@ -104,6 +105,7 @@ class PrefixCache:
         node = Node(tokens, tuple(blocks), parent)
         parent.children[tokens] = node
         parent.keys.insert(at, tokens)
+        self.nodes += 1
         self._clock += 1
         node.used = self._clock
         self._push(node)
@@ -177,6 +179,7 @@ class PrefixCache:
         parent = node.parent
         assert parent is not None
         node.alive = False
+        self.nodes -= 1
         del parent.children[node.tokens]
         del parent.keys[bisect_left(parent.keys, node.tokens)]
         for pool, block in zip(self.memory.pools, node.blocks, strict=True):

@@ -46,7 +46,7 @@ class RequestFactory:
         if not params.ignore_eos:
             ends |= engine.eos_token_ids
         self._bad_words(params)
-        count = max(params.n, params.best_of or 1)
+        count = params.samples
         made = []
         for index in range(count):
             sequence = Sequence(self._next_id, list(prompt), params, limit, ends, index)

@@ -168,6 +168,11 @@ class SamplingParams:
             _integer("stop_token_ids", token, "token ids of 0 or more", lambda x: x >= 0)
 
     @property
+    def samples(self) -> int:
+        """How many answers are generated, of which `n` are returned."""
+        return max(self.n, self.best_of or 1)
+
+    @property
     def greedy(self) -> bool:
         return self.temperature == 0
 

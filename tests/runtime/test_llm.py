@@ -211,3 +211,11 @@ def test_requests_are_taken_as_they_are_answered(make: MAKE) -> None:
         found[number] = output.token_ids
     assert found.keys() == set(range(20))
     assert found[7] == llm.generate("prompt 7", SamplingParams(max_tokens=3))[0].token_ids
+
+
+def test_requests_behind_many_that_cannot_run_are_answered(make: MAKE) -> None:
+    llm = make(max_position=16)
+    params = SamplingParams(max_tokens=2)
+    wanted = [(i, "x" * 40 if i < 9 else "fine", params) for i in range(11)]
+    found = dict(llm.run(wanted, in_flight=2))
+    assert [found[i].error is None for i in range(11)] == [False] * 9 + [True] * 2

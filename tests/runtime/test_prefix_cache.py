@@ -29,6 +29,7 @@ def keep(cache: PrefixCache, tokens: list[int], salt: object = None) -> bool:
     for table in tables:
         table.clear()
     memory.check_integrity([], cache.blocks())
+    assert cache.nodes == len(cache.blocks())
     return True
 
 
