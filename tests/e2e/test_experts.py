@@ -103,6 +103,7 @@ def test_experts_in_blocks_of_scales_are_exported_dequantized(tmp_path: Path) ->
         assert not torch.equal(found, wanted.float())
 
 
+@pytest.mark.parametrize(("format", "group"), [("int4", 32), ("int3", 16)])
 def test_experts_are_exported_dequantized(format: str, group: int, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
