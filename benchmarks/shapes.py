@@ -57,6 +57,8 @@ class Shape:
 SHAPES = {
     "tiny": Shape("tiny", 128, 2, 4, 2, 384, 1024, True, 64),
     "S": Shape("S", 576, 30, 9, 3, 1536, 49152, True, 64),
+    # For what does not depend on the number of layers.
+    "S2": Shape("S2", 576, 2, 9, 3, 1536, 49152, True, 64),
     "S8k": Shape("S8k", 576, 30, 9, 3, 1536, 49152, True, 64, context=8192),
     "M": Shape("M", 2048, 22, 32, 4, 5632, 32000, False, 128),
 }
