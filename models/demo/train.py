@@ -51,7 +51,7 @@ class Recipe:
 
 RECIPES = {
     "demo": Recipe("smelt-demo", 256, 640, 5, 4, 2, cycles=(5400, 7200), peak_rate=4e-3),
-    "draft": Recipe("smelt-demo-draft", 128, 384, 4, 2, 1, cycles=(9000, 11000), peak_rate=4e-3),
+    "draft": Recipe("smelt-demo-draft", 128, 384, 2, 2, 1, cycles=(9000,), peak_rate=4e-3),
 }
 
 
