@@ -14,6 +14,9 @@
                  tokens of the largest step. `widest` is the most that one attention or MLP block
                  holds at once, its fused projections and what goes into or out of them; the second
                  term is the logits and their float32 copy.
+    CUDA graphs  with --device cuda: the inputs of the largest step that is a graph, with block
+                 tables of the whole context, and logits for every power of two of rows, from 16 to
+                 the batch. What graphs compute in between is the activations' share.
 
 Not counted: Python and torch themselves (about 250 MiB), and what compiling needs.
 """
@@ -36,6 +39,8 @@ from smelt.models.folder import read_json, resolve
 from smelt.models.quantized import describe
 from smelt.models.skeleton import build
 from smelt.runtime import machine
+from smelt.runtime.batch import BatchLayout
+from smelt.runtime.cuda_graphs import static_bytes
 from smelt.runtime.errors import SmeltError, UserError
 from smelt.runtime.ops.cache_format import row_bytes
 
@@ -67,6 +72,7 @@ class MemoryPlan:
     kv_bytes_per_token: int
     kv_bytes: int
     activation_bytes: int
+    graph_bytes: int
     total_bytes: int
     memory_total_bytes: int
     memory_available_bytes: int
@@ -123,7 +129,8 @@ def plan(
     kv_bytes = batch * sum(b * t for b, t in zip(per_layer, tokens, strict=True))
     step = min(settings.max_tokens, batch * ctx)
     activations = activation_bytes(skeleton, config, dtype, step, batch)
-    total = packed + kv_bytes + activations
+    graphs = graph_bytes(config, dtype, settings, batch) if settings.device == "cuda" else 0
+    total = packed + kv_bytes + activations + graphs
     installed, available = machine.memory()
     whole = batch * sum(per_layer) * _held(ctx, 0, settings.block_size)
     if whole > kv_bytes:
@@ -144,6 +151,7 @@ def plan(
         kv_bytes_per_token=sum(per_layer),
         kv_bytes=kv_bytes,
         activation_bytes=activations,
+        graph_bytes=graphs,
         total_bytes=total,
         memory_total_bytes=installed,
         memory_available_bytes=available,
@@ -294,3 +302,12 @@ def activation_bytes(
     size = dtype.itemsize
     step = tokens * (2 * int(config.hidden_size) + widest) * size
     return step + batch * int(config.vocab_size) * (size + 4)
+
+
+def graph_bytes(config: Any, dtype: torch.dtype, settings: CompileOptions, batch: int) -> int:
+    """Bytes of the inputs and the logits of CUDA graphs (see the module)."""
+    tokens, context = settings.max_tokens, max_positions(config)
+    blocks = -(-context // settings.block_size)
+    layout = BatchLayout(tokens, min(256, tokens), blocks, tokens, context)
+    groups = len(set(layer_windows(config)))
+    return static_bytes(layout, groups, int(config.vocab_size) * dtype.itemsize, batch)

@@ -14,17 +14,23 @@ from .batch import Batch, BatchLayout, CacheSpec
 from .errors import TargetMismatch
 from .integrity import verify
 from .manifest import Manifest
+from .specialised import Specialised, open_steps
+from .transfer import upload
 
 
 class Program:
     """The step program an engine drives.
 
-    run(batch, caches) -> logits [R, V]; caches are mutated. spec, layout, vocab_size and device say
-    what it takes; features what it gives beside logits, None for nothing. weights: by name.
+    run(batch, caches) -> logits [R, V]; caches are mutated, the batch's tensors may lie on the host
+    or on the device. spec, layout, vocab_size and device say what it takes; features what it gives
+    beside logits, None for nothing. weights: by name.
     """
 
     def __init__(
-        self, loaded: Manifest, step: Any, weights: Mapping[str, torch.Tensor] | None = None
+        self,
+        loaded: Manifest,
+        steps: Specialised,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.spec: CacheSpec = loaded.cache
         self.layout: BatchLayout = loaded.layout
@@ -32,18 +38,23 @@ class Program:
         self.device = torch.device(loaded.target["device"])
         self.features = loaded.features
         self.weights: Mapping[str, torch.Tensor] = weights or {}
-        self._step = step
+        self._steps = steps
 
     def run(self, batch: Batch, caches: list[torch.Tensor]) -> torch.Tensor:
-        logits: torch.Tensor = self._step.run([*batch.tensors(), *caches])
-        return logits
+        step = self._steps.choose(len(batch.input_ids), batch.max_query)
+        return step.run([*self._inputs(batch), *caches])
 
     def run_with_features(
         self, batch: Batch, caches: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits, and features as `Features` says; only where `features` is not None."""
-        logits, features = self._step.outputs([*batch.tensors(), *caches])
+        step = self._steps.choose(len(batch.input_ids), batch.max_query)
+        logits, features = step.outputs([*self._inputs(batch), *caches])
         return logits, features
+
+    def _inputs(self, batch: Batch) -> list[torch.Tensor]:
+        tensors = batch.tensors()
+        return tensors if self.device.type == "cpu" else upload(tensors, self.device)
 
 
 @dataclass
@@ -72,9 +83,12 @@ def open_artifact(folder: Path | str) -> LoadedArtifact:
 
         library = folder / "kernels" / "smelt_cpu.so"
         build.load(library if library.is_file() else None)
+    if loaded.backend != "aoti" and any(p["provider"] == "triton" for p in loaded.providers):
+        # A package has the kernels compiled in; a graph calls the operators that launch them.
+        from .kernels.gpu import operators  # noqa: F401
     weights = map_weights(folder, loaded.target["device"])
     constants = {name: weights[tensor] for name, tensor in loaded.constants.items()}
-    program = Program(loaded, _step(folder, loaded, constants), weights)
+    program = Program(loaded, open_steps(folder, loaded, constants), weights)
     return LoadedArtifact(folder, loaded, program, weights)
 
 
@@ -113,13 +127,3 @@ def map_weights(folder: Path, device: str) -> dict[str, torch.Tensor]:
             for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
                 weights[name] = handle.get_tensor(name)
     return weights
-
-
-def _step(folder: Path, loaded: Manifest, constants: dict[str, torch.Tensor]) -> Any:
-    if loaded.backend == "aoti":
-        from .package import Package
-
-        return Package(folder / "graphs" / "step.pt2", constants)
-    from .exported import ExportedStep
-
-    return ExportedStep(folder / "graphs" / "step.pt2", constants, loaded.backend)

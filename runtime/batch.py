@@ -194,13 +194,18 @@ ROPE_INPUT = "rope_lens"  # only where `CacheSpec.rope` is set
 
 def step_input_names(spec: CacheSpec) -> list[str]:
     """Names of the graph's inputs, in order, without weights."""
-    names = [*TOKEN_INPUTS, *BATCH_INPUTS]
-    if spec.rope is not None:
-        names.append(ROPE_INPUT)
-    for i in range(len(spec.groups)):
-        names += [f"{name}_{i}" for name in GROUP_INPUTS]
-    names.append(ROW_INPUT)
+    names = batch_input_names(len(spec.groups), spec.rope is not None)
     return names + [f"kv_cache_{i}" for i in range(spec.layers)]
+
+
+def batch_input_names(groups: int, rope: bool) -> list[str]:
+    """Those of `step_input_names` that are no caches."""
+    names = [*TOKEN_INPUTS, *BATCH_INPUTS]
+    if rope:
+        names.append(ROPE_INPUT)
+    for i in range(groups):
+        names += [f"{name}_{i}" for name in GROUP_INPUTS]
+    return [*names, ROW_INPUT]
 
 
 def no_tree(tokens: int) -> torch.Tensor:
@@ -219,6 +224,9 @@ class Batch:
     a token sees the j-th token that its own sequence brings in this step; W is 0 where all see
     those before them. rope_lens: int64 [T], the length whose rotary factors a token takes
     (`LengthScaling.lengths`); None where factors do not depend on lengths.
+
+    max_query: no input, but known to the host: most tokens that one sequence brings, or more. It
+    decides which package runs the step; 0 where it is not known.
     """
 
     input_ids: torch.Tensor
@@ -230,11 +238,16 @@ class Batch:
     logits_rows: torch.Tensor
     tree_mask: torch.Tensor
     rope_lens: torch.Tensor | None = None
+    max_query: int = 0
 
     @classmethod
-    def named(cls, values: Mapping[str, torch.Tensor], spec: CacheSpec) -> Batch:
-        """From tensors by the names of `step_input_names`."""
+    def named(
+        cls, values: Mapping[str, torch.Tensor], spec: CacheSpec, max_query: int | None = None
+    ) -> Batch:
+        """From tensors by the names of `step_input_names`; max_query None: read from them."""
         groups = range(len(spec.groups))
+        if max_query is None:
+            max_query = max(values["query_start"].diff().tolist(), default=0)
         return cls(
             input_ids=values["input_ids"],
             position_ids=values["position_ids"],
@@ -245,6 +258,7 @@ class Batch:
             logits_rows=values[ROW_INPUT],
             tree_mask=values["tree_mask"],
             rope_lens=values[ROPE_INPUT] if spec.rope is not None else None,
+            max_query=max_query,
         )
 
     def tensors(self) -> list[torch.Tensor]:

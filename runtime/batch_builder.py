@@ -1,7 +1,8 @@
 """Makes a step's tensors from the scheduler's chunks. On the hot path of every decode step.
 
-Block tables are mirrored in one array a group, a row for each lane, of which only changed entries
-are rewritten: their size is that of the whole context, not of the step.
+They lie on the host: the program brings them to its device, all in one copy. Block tables are
+mirrored in one array a group, a row for each lane, of which only changed entries are rewritten:
+their size is that of the whole context, not of the step.
 """
 
 from __future__ import annotations
@@ -26,21 +27,20 @@ class BatchBuilder:
         self,
         spec: CacheSpec,
         layout: BatchLayout,
-        device: torch.device,
         lanes: int,
         padded: int = 0,
     ) -> None:
         self.layout = layout
-        self.device = device
         self.padded = padded
         self.block_size = spec.block_size
         self.rope = spec.rope
         self._mirrors = [np.zeros((lanes, layout.max_blocks), np.int32) for _ in spec.groups]
 
-    def build(self, chunks: list[Chunk], ahead: int = 0) -> Batch:
+    def build(self, chunks: list[Chunk], ahead: int = 0, chosen: bool = True) -> Batch:
         """Raises `ContractError` where a step would leave the ranges the graph was made for.
 
-        ahead: tokens behind each chunk whose blocks the tables are to hold already.
+        ahead: tokens behind each chunk whose blocks the tables are to hold already. chosen: False
+        where each chunk is one token that is not chosen yet; `input_ids` are then to be replaced.
         """
         starts = [0]
         for chunk in chunks:
@@ -54,7 +54,7 @@ class BatchBuilder:
         width = -(-(max(lengths) + ahead) // self.block_size)
         self._check(starts[-1], len(chunks), width, len(rows), max(lengths))
         if starts[-1] == len(chunks):
-            ids = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
+            ids = [chunk.sequence.tokens[chunk.start] if chosen else 0 for chunk in chunks]
             positions = [chunk.start for chunk in chunks]
         else:
             ids = list(chain.from_iterable(_ids(chunk) for chunk in chunks))
@@ -73,15 +73,17 @@ class BatchBuilder:
             if mask is not None:
                 mask = torch.nn.functional.pad(mask, (0, 0, 0, missing))
         return Batch(
-            input_ids=self._tensor(ids, torch.int64),
-            position_ids=self._tensor(positions, torch.int64),
-            query_start=self._tensor(starts, torch.int32),
-            seq_lens=self._tensor(lengths, torch.int32),
-            slot_mapping=[self._tensor(each, torch.int64) for each in slots],
+            input_ids=torch.tensor(ids, dtype=torch.int64),
+            position_ids=torch.tensor(positions, dtype=torch.int64),
+            query_start=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            slot_mapping=[torch.tensor(each, dtype=torch.int64) for each in slots],
             block_tables=[self._table(chunks, g, width) for g in range(len(slots))],
-            logits_rows=self._tensor(rows, torch.int64),
-            tree_mask=self._moved(no_tree(len(ids)) if mask is None else mask),
-            rope_lens=None if rope_lens is None else self._tensor(rope_lens, torch.int64),
+            logits_rows=torch.tensor(rows, dtype=torch.int64),
+            tree_mask=no_tree(len(ids)) if mask is None else mask,
+            rope_lens=None if rope_lens is None else torch.tensor(rope_lens, dtype=torch.int64),
+            # Padded steps are all to run in the same package.
+            max_query=self.padded or max(chunk.count for chunk in chunks),
         )
 
     def _check(self, tokens: int, sequences: int, width: int, rows: int, length: int) -> None:
@@ -98,12 +100,6 @@ class BatchBuilder:
             f"a step of {tokens} tokens, {sequences} sequences, {width} blocks a sequence, "
             f"{rows} logit rows and positions below {length} exceeds the graph's {layout}"
         )
-
-    def _tensor(self, values: list[int], dtype: torch.dtype) -> torch.Tensor:
-        return self._moved(torch.tensor(values, dtype=dtype))
-
-    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
     def _rope_lens(self, chunks: list[Chunk], starts: list[int], positions: list[int]) -> list[int]:
         assert self.rope is not None
@@ -140,7 +136,7 @@ class BatchBuilder:
                 ]
                 table.changed_from = len(table.blocks)
         # Rows are gathered into a new array: graphs are compiled for contiguous tables.
-        return self._moved(torch.from_numpy(np.ascontiguousarray(mirror[lanes, :width])))
+        return torch.from_numpy(np.ascontiguousarray(mirror[lanes, :width]))
 
 
 def _ids(chunk: Chunk) -> list[int]:

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .ahead import Ahead
 from .batch_builder import BatchBuilder
 from .blocks import PagedMemory
 from .cache_moves import copy_blocks, move_slots
+from .cuda_graphs import GraphedProgram, with_graphs
 from .detokenizer import Decoder
 from .engine_options import DETERMINISTIC_TOKENS, EngineOptions, StepProgram
 from .errors import SmeltError, UserError
 from .kv_cache import allocate_cache, cache_blocks
-from .logprobs import top_logprobs
+from .logprobs import keep_prompt_logprobs
 from .metrics import Metrics
 from .requests import RequestFactory
 from .sampling_params import SamplingParams
@@ -56,7 +58,7 @@ class Engine:
         **fields: object,
     ) -> None:
         chosen = options or EngineOptions(**fields)  # type: ignore[arg-type]
-        self.program = program
+        self.program = program = with_graphs(program) if chosen.cuda_graphs else program
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         spec, layout = program.spec, program.layout
@@ -89,7 +91,7 @@ class Engine:
             rope=spec.rope,
         )
         running = self.scheduler.max_running
-        self.builder = BatchBuilder(spec, layout, program.device, running, padded)
+        self.builder = BatchBuilder(spec, layout, running, padded)
         self.speculator = (
             Speculator(chosen.drafter, chosen.draft_tokens) if chosen.drafter else None
         )
@@ -100,6 +102,10 @@ class Engine:
         self._metrics = Metrics(blocks=blocks)
         self._alive: dict[int, list[Sample]] = {}
         self._forks: dict[Sample, list[Sample]] = {}
+        ahead = program.device.type == "cuda" if chosen.run_ahead is None else chosen.run_ahead
+        self._ahead: Ahead | None = None
+        if ahead and self.speculator is None:  # a draft needs the tokens before it
+            self._ahead = Ahead(self.scheduler, self.builder, program, self.caches, self._forks)
         self._ended: list[StepOutput] = []
         self._compiling: dict[int, Future[CompiledGrammar]] = {}
 
@@ -126,6 +132,8 @@ class Engine:
         metrics.reused_tokens = scheduler.found_tokens
         metrics.free_blocks = self.memory.free
         metrics.cached_blocks = scheduler.cache.nodes
+        if isinstance(self.program, GraphedProgram):
+            metrics.graphs, metrics.graph_bytes = self.program.graphs, self.program.graph_bytes
         return metrics
 
     def add_request(
@@ -198,7 +206,8 @@ class Engine:
             self._start_compiled()
         if self.speculator is not None:
             self.speculator.draft(self.scheduler.running)
-        chunks = self.scheduler.plan()
+        chunks = self._ahead.chunks() if self._ahead is not None else []
+        chunks = chunks or self.scheduler.plan()
         outputs, self._ended = self._ended, []
         if not chunks:
             return outputs
@@ -235,15 +244,18 @@ class Engine:
         copy_blocks(self.caches, program.spec, copies)
         proposals = self.speculator.proposals if self.speculator else {}
         selection = Selection(chunks, proposals, self._forks, program.vocab_size, program.device)
-        batch = self.builder.build(chunks)
+        logits, features = self._ahead.logits(chunks) if self._ahead is not None else None, None
         began = time.perf_counter()
-        features = None
-        if self.speculator is not None and self.speculator.features:
-            logits, features = program.run_with_features(batch, self.caches)
-        else:
-            logits = program.run(batch, self.caches)
-        taken, chosen = selection.choose(logits)
-        self._prompt_logprobs(chunks, logits)
+        if logits is None:
+            batch = self.builder.build(chunks)
+            began = time.perf_counter()
+            if self.speculator is not None and self.speculator.features:
+                logits, features = program.run_with_features(batch, self.caches)
+            else:
+                logits = program.run(batch, self.caches)
+        keep_prompt_logprobs(chunks, logits)
+        launch = self._ahead.after(chunks) if self._ahead is not None else None
+        taken, chosen = selection.choose(logits, launch)
         self.scheduler.commit(chunks)
         self._count(chunks)
         if self.speculator is not None:
@@ -258,22 +270,6 @@ class Engine:
         for chunk in chunks:
             if chunk.start < chunk.sequence.prompt_length:
                 self._metrics.prefilled_tokens += chunk.count
-
-    def _prompt_logprobs(self, chunks: list[Chunk], logits: torch.Tensor) -> None:
-        row = 0
-        for chunk in chunks:
-            sample = chunk.sequence
-            found = sample.prompt_logprobs
-            # Of a sequence that stepped back while it answered they are known.
-            new = found is not None and not sample.generated
-            if new and chunk.start < sample.prompt_length - 1:
-                end = min(chunk.start + chunk.count, sample.prompt_length - 1)
-                rows = logits[row : row + end - chunk.start]
-                tokens = sample.tokens[chunk.start + 1 : end + 1]
-                assert found is not None
-                del found[chunk.start :]  # a prompt that was begun before and preempted
-                found += top_logprobs(rows, tokens, sample.params.prompt_logprobs or 0)
-            row += chunk.rows
 
     def _take(
         self,

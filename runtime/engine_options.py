@@ -28,7 +28,7 @@ class StepProgram(Protocol):
     features: Features | None
 
     def run(self, batch: Batch, caches: list[torch.Tensor]) -> torch.Tensor:
-        """Logits [R, V] of `batch.logits_rows`, of any float dtype."""
+        """Logits [R, V] of `batch.logits_rows`, of any float dtype; valid until the next run."""
 
     def run_with_features(
         self, batch: Batch, caches: list[torch.Tensor]
@@ -45,7 +45,8 @@ class EngineOptions:
     nobody who decodes waits longer than for one.
     deterministic: greedy tokens depend on nothing but the prompt; every step then computes
     `DETERMINISTIC_TOKENS` rows. drafter: proposes tokens; draft_tokens: how many, None for as many
-    as pay.
+    as pay. cuda_graphs: replay decode steps as graphs, on CUDA. run_ahead: launch a step
+    before the tokens of the one before are read, where that is possible; None: on CUDA.
     """
 
     blocks: int | None = None
@@ -57,3 +58,5 @@ class EngineOptions:
     deterministic: bool = False
     drafter: Drafter | None = None
     draft_tokens: int | None = None
+    cuda_graphs: bool = True
+    run_ahead: bool | None = None

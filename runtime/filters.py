@@ -5,13 +5,15 @@ Every filter keeps the tokens that are tied with the last one it keeps, and at l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .sampling_params import SamplingParams
+from .transfer import send
 
 NO_VALUE = float("-inf")
+NOTHING = -1  # in the place of a token, where nothing can be chosen
 
 
 def probabilities(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -19,15 +21,11 @@ def probabilities(scores: torch.Tensor, params: Sequence[SamplingParams]) -> tor
 
     params: one a row, none of them greedy.
     """
-    column = scores.new_tensor([p.temperature for p in params])[:, None]
-    scores = scores / column
-    if any(p.top_k for p in params):
-        scores = _top_k(scores, [p.top_k for p in params])
-    if any(p.top_p < 1 for p in params):
-        scores = _top_p(scores, [p.top_p for p in params])
+    column = send([p.temperature for p in params], scores.dtype, scores.device)[:, None]
+    scores = _most_likely(scores / column, [p.top_k for p in params], [p.top_p for p in params])
     probs = scores.softmax(-1)
     if any(p.min_p for p in params):
-        floor = scores.new_tensor([p.min_p for p in params])[:, None]
+        floor = send([p.min_p for p in params], scores.dtype, scores.device)[:, None]
         probs = probs.masked_fill(probs < floor * probs.amax(-1, keepdim=True), 0.0)
         # Rows without the filter are divided by 1: not even their rounding may change.
         probs = probs / probs.sum(-1, keepdim=True).where(floor > 0, torch.ones_like(floor))
@@ -36,12 +34,36 @@ def probabilities(scores: torch.Tensor, params: Sequence[SamplingParams]) -> tor
     return probs
 
 
+def _most_likely(scores: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:
+    """Minus infinity for what top_k drops and top_p drops of the rest, perhaps in place."""
+    limited = any(p < 1 for p in top_p)
+    kernel = _kernel(scores) if limited or any(top_k) else None
+    if kernel is not None:
+        return kernel(scores, top_k, top_p)
+    if any(top_k):
+        scores = _top_k(scores, top_k)
+    return _top_p(scores, top_p) if limited else scores
+
+
+def _kernel(
+    scores: torch.Tensor,
+) -> Callable[[torch.Tensor, list[int], list[float]], torch.Tensor] | None:
+    """What filters on the device of `scores` without sorting them, where that pays."""
+    if not scores.is_cuda:
+        return None
+    try:
+        from .kernels.gpu.sampling import filter_top, pays
+    except ImportError:  # a torch without triton
+        return None
+    return filter_top if pays(*scores.shape) else None
+
+
 def _top_k(scores: torch.Tensor, top_k: list[int]) -> torch.Tensor:
     vocab_size = scores.shape[1]
     counts = [min(k, vocab_size) for k in top_k]
     best = scores.topk(max(counts), -1).values
-    last = torch.tensor([max(k - 1, 0) for k in counts], device=scores.device)
-    everything = torch.tensor([k == 0 for k in counts], device=scores.device)
+    last = send([max(k - 1, 0) for k in counts], torch.int64, scores.device)
+    everything = send([k == 0 for k in counts], torch.bool, scores.device)
     threshold = best.gather(1, last[:, None]).masked_fill(everything[:, None], NO_VALUE)
     return scores.masked_fill(scores < threshold, NO_VALUE)
 
@@ -57,7 +79,8 @@ def _top_p(scores: torch.Tensor, top_p: list[float]) -> torch.Tensor:
 
 def _sorted_floors(probs: torch.Tensor, top_p: list[float]) -> torch.Tensor:
     """[R, 1]: the probability of each row's least likely token kept, all rows at once."""
-    wanted = probs.new_tensor([p if p < 1 else float("inf") for p in top_p])[:, None]
+    reaches = [p if p < 1 else float("inf") for p in top_p]
+    wanted = send(reaches, probs.dtype, probs.device)[:, None]
     best = probs.sort(-1, descending=True).values
     # A token is kept while those before it have not reached top_p.
     return best.gather(1, (best.cumsum(-1)[:, :-1] < wanted).sum(-1, keepdim=True))
@@ -83,13 +106,14 @@ def _typical(probs: torch.Tensor, typical_p: list[float]) -> torch.Tensor:
 
     Meister et al. 2022, "Locally typical sampling". probs [R, V] -> [R, V], rows sum to 1.
     """
-    chosen = [i for i, p in enumerate(typical_p) if p < 1]
+    places = [i for i, p in enumerate(typical_p) if p < 1]
+    chosen = send(places, torch.int64, probs.device)
     rows = probs[chosen]
     surprise = -rows.log()
     entropy = (rows * surprise).nansum(-1, keepdim=True)
     distance = (surprise - entropy).abs()
     nearest, order = distance.sort(-1)
-    wanted = rows.new_tensor([typical_p[i] for i in chosen])[:, None]
+    wanted = send([typical_p[i] for i in places], rows.dtype, rows.device)[:, None]
     reached = (rows.gather(1, order).cumsum(-1) < wanted).sum(-1, keepdim=True)
     threshold = nearest.gather(1, reached.clamp(max=rows.shape[1] - 1))
     kept = rows.masked_fill(distance > threshold, 0.0)
@@ -99,18 +123,26 @@ def _typical(probs: torch.Tensor, typical_p: list[float]) -> torch.Tensor:
 
 
 def draw(probs: torch.Tensor, uniforms: Sequence[float]) -> list[int | None]:
+    """`drawn`, on the host. None for a row of NaN."""
+    return listed(drawn(probs, uniforms).tolist())
+
+
+def listed(tokens: Sequence[int]) -> list[int | None]:
+    """None in the places of NOTHING."""
+    return [None if token == NOTHING else token for token in tokens]
+
+
+def drawn(probs: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
     """One token a row by inverting the cumulative distribution. probs [R, V], uniforms in [0, 1).
 
-    In float64, so that the tail of a large vocabulary keeps its exact share. None for a row of NaN.
+    In float64, so that the tail of a large vocabulary keeps its exact share. int64 [R] on the
+    device of `probs`, which is not waited for; NOTHING for a row of NaN.
     """
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1]
-    uniform = torch.tensor(uniforms, dtype=torch.float64, device=probs.device)
+    uniform = send(uniforms, torch.float64, probs.device)
     # Strictly below the total: the last token of zero probability must stay out of reach.
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    tokens: list[int | None] = found.tolist()
-    for i, mass in enumerate(total.tolist()):
-        if not mass > 0:  # NaN logits, or none allowed (their softmax is NaN)
-            tokens[i] = None
-    return tokens
+    # No mass: NaN logits, or none allowed (their softmax is NaN).
+    return torch.where(total > 0, found, NOTHING)

@@ -59,7 +59,10 @@ class LLM:
             from .speculation.open import open_drafter
 
             exact = bool(options.get("deterministic"))
-            options["drafter"] = open_drafter(draft, artifact.program, self.tokenizer, exact)
+            graphs = bool(options.get("cuda_graphs", True))
+            options["drafter"] = open_drafter(
+                draft, artifact.program, self.tokenizer, exact, graphs
+            )
         self.engine = Engine(
             artifact.program,
             tokenizer=self.tokenizer,

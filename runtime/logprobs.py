@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .sequence import Chunk
+
 # Rows are normalised so many values at a time: a long prompt's logits fill memory as they are.
 _VALUES_AT_ONCE = 1 << 24
 
@@ -36,6 +38,22 @@ def top_logprobs(logits: torch.Tensor, tokens: Sequence[int], k: int) -> list[Lo
     for start in range(0, len(tokens), count):
         found += _rows(logits[start : start + count], tokens[start : start + count], k)
     return found
+
+
+def keep_prompt_logprobs(chunks: Sequence[Chunk], logits: torch.Tensor) -> None:
+    """Of the prompt tokens whose logits a step gave, kept with the sequences that want them."""
+    row = 0
+    for chunk in chunks:
+        sample = chunk.sequence
+        found = sample.prompt_logprobs
+        # Of a sequence that stepped back while it answered they are known.
+        if found is not None and not sample.generated and chunk.start < sample.prompt_length - 1:
+            end = min(chunk.start + chunk.count, sample.prompt_length - 1)
+            rows = logits[row : row + end - chunk.start]
+            tokens = sample.tokens[chunk.start + 1 : end + 1]
+            del found[chunk.start :]  # a prompt that was begun before and preempted
+            found += top_logprobs(rows, tokens, sample.params.prompt_logprobs or 0)
+        row += chunk.rows
 
 
 def _rows(logits: torch.Tensor, tokens: Sequence[int], k: int) -> list[Logprobs]:

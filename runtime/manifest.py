@@ -28,7 +28,9 @@ class Manifest:
     bos_token_id, parameters, source_bytes, features (`Features`; not there without). quant: the
     QuantSpec. target: device, machine, isa, torch, triton. constants: package constant -> tensor
     name. layout_steps: weight-plan steps that brought canonical weights into the provider's
-    layout. files: relative path -> {bytes, sha256}.
+    layout. files: relative path -> {bytes, sha256}. steps: the packages of the step, each {file,
+    max_tokens, max_query} (`specialised.Bounds`), the last for any step; empty where the only one
+    is graphs/step.pt2.
     """
 
     model: dict[str, Any]
@@ -46,6 +48,7 @@ class Manifest:
     speed: dict[str, Any] = field(default_factory=dict)
     build: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
     schema: int = SCHEMA_VERSION
     contract: int = CONTRACT_VERSION
 
@@ -107,6 +110,7 @@ def _parse(data: Mapping[str, Any], path: Path) -> Manifest:
             f"{path}: contract is {data.get('contract')}, this smelt's engine speaks "
             f"{CONTRACT_VERSION}; compile the model again"
         )
+    data = {"steps": [], **data}  # artifacts of one package had no such entry
     missing = [f.name for f in fields(Manifest) if f.name not in data]
     if missing:
         raise ManifestError(f"{path} is damaged (no {missing[0]}); compile the model again")
@@ -114,9 +118,25 @@ def _parse(data: Mapping[str, Any], path: Path) -> Manifest:
         values = {f.name: data[f.name] for f in fields(Manifest)}
         values["cache"] = CacheSpec.from_json(data["cache"])
         values["layout"] = BatchLayout.from_json(data["layout"])
+        _check_steps(data["steps"], data["files"])
         found = Manifest(**values)
         if found.model.get("features") is not None:
             Features.from_json(found.model["features"])
         return found
     except (SmeltError, ValueError, TypeError, KeyError) as error:
         raise ManifestError(f"{path} is damaged ({error}); compile the model again") from error
+
+
+def _check_steps(steps: Any, files: Mapping[str, Any]) -> None:
+    """Raise ValueError unless each is a file of the artifact and the last one takes any step."""
+    if not isinstance(steps, list):
+        raise ValueError("steps is no list")
+    for step in steps:
+        if not isinstance(step, dict) or step.get("file") not in files:
+            raise ValueError(f"{step!r} of steps names no file of the artifact")
+        for name in ("max_tokens", "max_query"):
+            bound = step.get(name)
+            if not isinstance(bound, int) or isinstance(bound, bool) or bound < 0:
+                raise ValueError(f"{name} of {step['file']} is {bound!r}")
+    if steps and (steps[-1]["max_tokens"] or steps[-1]["max_query"]):
+        raise ValueError(f"{steps[-1]['file']}, the last of steps, has bounds")

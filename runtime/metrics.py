@@ -46,7 +46,8 @@ class Metrics:
     Tokens: prefilled (computed of prompts), asked (of prompts that began), reused (of those, found
     in the cache), generated, drafted and accepted (of those). steps: of the model; draft_steps:
     those with a draft of some sequence, draft_sequences: its sequences. ttft: seconds to the first
-    token; itl: between two tokens of an answer, tokens of one step sharing its time.
+    token; itl: between two tokens of an answer, tokens of one step sharing its time. graphs: CUDA
+    graphs that were captured, graph_bytes: device memory they take.
     """
 
     steps: int = 0
@@ -67,6 +68,8 @@ class Metrics:
     blocks: int = 0
     free_blocks: int = 0
     cached_blocks: int = 0
+    graphs: int = 0
+    graph_bytes: int = 0
     ttft: Histogram = field(default_factory=lambda: Histogram(TTFT_BOUNDS))
     itl: Histogram = field(default_factory=lambda: Histogram(ITL_BOUNDS))
 

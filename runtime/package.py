@@ -22,12 +22,18 @@ class Package:
     """A compiled step with its weights bound.
 
     weights: by constant name, kept alive here and used in place (no copy is made, so one mapping
-    of the file serves every specialisation).
+    of the file serves every specialisation). single_threaded: leave out what lets several threads
+    run it at once; on CUDA that asks the device whether earlier runs are done, which a graph that
+    is being captured cannot.
     """
 
-    def __init__(self, path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, path: Path, weights: Mapping[str, torch.Tensor], single_threaded: bool = False
+    ) -> None:
         try:
-            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+            self._loader = torch._C._aoti.AOTIModelPackageLoader(
+                str(path), "model", single_threaded, 1, -1
+            )
         except RuntimeError as error:
             line = str(error).strip().split("\n")[0]
             raise PackageError(

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import SmeltError
-from .filters import NO_VALUE, draw, probabilities
+from .filters import NO_VALUE, NOTHING, drawn, listed, probabilities
 from .masks import Prepared, prepare
 from .processors import BadWords, Seen, Shift, encode_bad_words, process
 from .sampling_params import SamplingParams
+from .transfer import send
 
 if TYPE_CHECKING:
     from .masks import Matcher
@@ -42,6 +43,7 @@ __all__ = [
     "Row",
     "SamplerState",
     "distributions",
+    "pick",
     "prepare",
     "process",
     "sample",
@@ -176,33 +178,38 @@ def sample(
     A row behind d drafted tokens takes the d-th next number of its request's stream. None stands
     for a row with nothing to choose: its logits are NaN, or nothing is allowed.
     """
+    return listed(pick(logits, rows, prepared).tolist())
+
+
+def pick(
+    logits: torch.Tensor, rows: Sequence[Row], prepared: Prepared | None = None
+) -> torch.Tensor:
+    """`sample`, int64 [R] on the device of the logits, with NOTHING for None.
+
+    Where nothing comes before the temperature, the device is not waited for.
+    """
     if all(row.state.plain for row in rows):
         return _greedy(logits)
     scores = process(logits, rows, prepared)
-    drawn = [i for i, row in enumerate(rows) if not row.state.greedy]
-    if len(drawn) == len(rows):
+    places = [i for i, row in enumerate(rows) if not row.state.greedy]
+    if len(places) == len(rows):
         return _drawn(scores, rows)
     picked = _greedy(scores)
-    if drawn:
-        tokens = _drawn(scores[drawn], [rows[i] for i in drawn])
-        for i, token in zip(drawn, tokens, strict=True):
-            picked[i] = token
+    if places:
+        index = send(places, torch.int64, scores.device)
+        picked[index] = _drawn(scores[index], [rows[i] for i in places])
     return picked
 
 
-def _drawn(scores: torch.Tensor, rows: Sequence[Row]) -> list[int | None]:
+def _drawn(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     probs = probabilities(scores, [row.state.params for row in rows])
-    return draw(probs, [row.state.peek(len(row.draft)) for row in rows])
+    return drawn(probs, [row.state.peek(len(row.draft)) for row in rows])
 
 
-def _greedy(logits: torch.Tensor) -> list[int | None]:
+def _greedy(logits: torch.Tensor) -> torch.Tensor:
     best, tokens = logits.max(-1)
-    picked: list[int | None] = tokens.tolist()
-    for i, value in enumerate(best.tolist()):
-        # A NaN wins every maximum; minus infinity means that nothing at all is allowed.
-        if value != value or value == NO_VALUE:
-            picked[i] = None
-    return picked
+    # A NaN wins every maximum; minus infinity means that nothing at all is allowed.
+    return torch.where(best > NO_VALUE, tokens, NOTHING)
 
 
 def distributions(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
+from .filters import listed
 from .logprobs import Logprobs, top_logprobs
-from .sampler import Prepared, Row, SamplerState, prepare, process, sample
+from .sampler import Prepared, Row, SamplerState, pick, prepare, process
 from .sequence import Chunk, Sequence
 from .speculation.drafter import Proposal
 from .speculation.verify import Taken, reject, walk
+from .transfer import read, send
 
 
 class Selection:
@@ -56,22 +59,29 @@ class Selection:
             self._index.append(behind)
         self._parts.append((chunk, behind, first, len(self._rows)))
 
-    def choose(self, logits: torch.Tensor) -> tuple[dict[Sequence, Taken], torch.Tensor]:
+    def choose(
+        self,
+        logits: torch.Tensor,
+        meanwhile: Callable[[torch.Tensor], None] | None = None,
+    ) -> tuple[dict[Sequence, Taken], torch.Tensor]:
         """What each sequence takes, forks included, and the logits [rows, V] they came from.
 
-        logits [R, V]: of all chunks, perhaps with rows of padding behind them.
+        logits [R, V]: of all chunks, perhaps with rows of padding behind them. meanwhile: called
+        with the tokens on the device, int64 [rows] as `pick` gives them, before they are read;
+        only where no chunk has a draft.
         """
         if not self._rows:
             return {}, logits
         if not self._plain or len(logits) > len(self._index):
-            logits = logits[torch.tensor(self._index, device=logits.device)]
+            logits = logits[send(self._index, torch.int64, logits.device)]
         drawn = [part for part in self._parts if self._drawn(part[0])]
         picked: list[int | None] = []
         scores = None
         if drawn:
             scores = process(logits, self._rows, self._prepared)
         if len(drawn) < len(self._parts):
-            picked = sample(logits, self._rows, self._prepared)
+            tokens = pick(logits, self._rows, self._prepared)
+            picked = listed(read(tokens, partial(meanwhile, tokens) if meanwhile else None))
         taken: dict[Sequence, Taken] = {}
         for part in self._parts:
             chunk, _, first, end = part

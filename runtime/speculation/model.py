@@ -16,6 +16,7 @@ import torch
 from ..batch import Batch
 from ..batch_builder import BatchBuilder
 from ..blocks import PagedMemory
+from ..cuda_graphs import with_graphs
 from ..filters import draw
 from ..kv_cache import allocate_cache, cache_blocks
 from ..prefix_cache import common_prefix
@@ -60,13 +61,20 @@ class ModelDrafter:
 
     coupled: draw with the very random numbers that the model will draw with, and let it judge the
     tokens as if they had been chosen. Then even a sampled answer is the one without a draft, token
-    for token, at the price of fewer accepted drafts where the distributions differ.
+    for token, at the price of fewer accepted drafts where the distributions differ. cuda_graphs: as
+    in `EngineOptions`.
     """
 
     name = "draft"
 
-    def __init__(self, program: StepProgram, vocab_size: int, coupled: bool = False) -> None:
-        self.program = program
+    def __init__(
+        self,
+        program: StepProgram,
+        vocab_size: int,
+        coupled: bool = False,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self.program = program = with_graphs(program) if cuda_graphs else program
         self.coupled = coupled
         self.vocab_size = vocab_size
         self.rope = program.spec.rope
@@ -75,7 +83,7 @@ class ModelDrafter:
         self.memory = PagedMemory(blocks, spec.block_size, [g.window for g in spec.groups])
         self.caches = allocate_cache(spec, blocks, program.device)
         lanes = min(layout.max_sequences, layout.max_rows, layout.max_tokens)
-        self.builder = BatchBuilder(spec, layout, program.device, lanes)
+        self.builder = BatchBuilder(spec, layout, lanes)
         self._lanes = list(range(lanes))
         self._shadows: dict[Sequence, _Shadow] = {}  # least recently used first
 
@@ -157,8 +165,8 @@ class ModelDrafter:
     def _chain(self, active: list[tuple[Sequence, _Shadow]], count: int) -> None:
         """`count` more tokens for each, all of them the best ones.
 
-        Each step's tensors follow from those before, on the device: for a small draft model, making
-        them anew and reading every token back would take as long as the model.
+        Each step's tensors follow from those before, and tokens stay on the device: for a small
+        draft model, making them anew and reading every token back would take as long as the model.
         """
         grown = [
             (s, d)

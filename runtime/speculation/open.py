@@ -14,14 +14,18 @@ if TYPE_CHECKING:
 
 
 def open_drafter(
-    draft: str | Path, program: StepProgram, tokenizer: Tokenizer, deterministic: bool = False
+    draft: str | Path,
+    program: StepProgram,
+    tokenizer: Tokenizer,
+    deterministic: bool = False,
+    cuda_graphs: bool = True,
 ) -> Drafter:
     """`ngram`, `medusa:FOLDER`, `eagle3:FOLDER`, or the folder of an artifact whose tokens mean
     what the model's mean.
 
     program, tokenizer: the model's; deterministic: sampled answers, too, are to be those without a
-    draft. Raises `UserError` for a name that is not known, for a draft with another vocabulary, and
-    for heads of a model without their features.
+    draft; cuda_graphs: as in `EngineOptions`. Raises `UserError` for a name that is not known, for
+    a draft with another vocabulary, and for heads of a model without their features.
     """
     if str(draft) == "ngram":
         from .ngram import NgramDrafter
@@ -51,7 +55,7 @@ def open_drafter(
 
     smaller = open_artifact(folder)
     check_vocabulary(Reader(smaller.folder), tokenizer, str(draft))
-    return ModelDrafter(smaller.program, program.vocab_size, coupled=deterministic)
+    return ModelDrafter(smaller.program, program.vocab_size, deterministic, cuda_graphs)
 
 
 def check_vocabulary(draft: Tokenizer, model: Tokenizer, name: str) -> None:

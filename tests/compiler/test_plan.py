@@ -82,6 +82,17 @@ def test_a_quantized_cache_counts_its_scales(tmp_path: Path, name: str, ratio: f
     assert plain.total_bytes - found.total_bytes == plain.kv_bytes - found.kv_bytes
 
 
+@pytest.mark.parametrize(("batch", "rows"), [(1, 16), (16, 16), (17, 48), (64, 112), (300, 496)])
+def test_graphs_count_on_a_gpu_alone(tmp_path: Path, batch: int, rows: int) -> None:
+    path = write(tmp_path, LLAMA_7B)
+    plain, found = plan(path, batch=batch), plan(path, batch=batch, device="cuda")
+    assert plain.graph_bytes == 0
+    # A table of 256 blocks for each of 256 sequences; the other inputs are small beside it.
+    inputs = found.graph_bytes - rows * 32000 * 2
+    assert 256 * 256 * 4 < inputs < 256 * 256 * 4 + 32 * 1024
+    assert found.total_bytes - plain.total_bytes == found.graph_bytes
+
+
 def test_an_unknown_cache_format_names_the_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--kv-cache int3: expected one of auto, fp8, int8, int4"):
         plan(write(tmp_path, LLAMA_7B), kv_cache="int3")

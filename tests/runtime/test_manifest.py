@@ -83,3 +83,37 @@ def test_an_entry_of_another_kind(tmp_path: Path, key: str) -> None:
 
 def test_unknown_entries_are_ignored(tmp_path: Path) -> None:
     assert manifest.read(write(tmp_path, note="by hand")).model["name"] == "sample"
+
+
+FILES = {
+    "graphs/few.pt2": {"bytes": 1, "sha256": ""},
+    "graphs/step.pt2": {"bytes": 1, "sha256": ""},
+}
+FEW = {"file": "graphs/few.pt2", "max_tokens": 16, "max_query": 16}
+ANY = {"file": "graphs/step.pt2", "max_tokens": 0, "max_query": 0}
+
+
+def test_the_packages_of_a_step_are_kept(tmp_path: Path) -> None:
+    written = sample_manifest(files=FILES, steps=[FEW, ANY])
+    written.write(tmp_path)
+    assert manifest.read(tmp_path) == written
+    # An artifact of one package does not list it.
+    assert manifest.read(write(tmp_path, steps=None)).steps == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({}, "steps is no list"),
+        ([ANY, 3], "3 of steps names no file of the artifact"),
+        ([{**FEW, "file": "graphs/other.pt2"}, ANY], "names no file of the artifact"),
+        ([{**FEW, "file": "../few.pt2"}, ANY], "names no file of the artifact"),
+        ([{**FEW, "max_query": -1}, ANY], "max_query of graphs/few.pt2 is -1"),
+        ([{**FEW, "max_tokens": "16"}, ANY], "max_tokens of graphs/few.pt2 is '16'"),
+        ([{**FEW, "max_tokens": True}, ANY], "max_tokens of graphs/few.pt2 is True"),
+        ([{"file": "graphs/few.pt2", "max_tokens": 16}, ANY], "max_query of .* is None"),
+        ([ANY, FEW], "graphs/few.pt2, the last of steps, has bounds"),
+    ],
+)
+def test_packages_that_cannot_be_chosen_from(tmp_path: Path, steps: Any, message: str) -> None:
+    refused(write(tmp_path, steps=steps, files=FILES), f"is damaged \\(.*{message}")
