@@ -36,7 +36,7 @@ _USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)\s+LOCAL:(\d+)")
 @dataclass(frozen=True)
 class Usage:
     """registers: of a thread. spilled: bytes of a thread in local memory. shared: bytes of a block.
-    matrix: the kinds of tensor-core instruction. wide_loads: whether 16 bytes are loaded at once."""
+    matrix: kinds of tensor-core instruction. wide_loads: whether 16 bytes are loaded at once."""
 
     registers: int
     spilled: int

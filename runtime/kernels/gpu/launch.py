@@ -52,7 +52,7 @@ def _is_fake(value: object) -> bool:
 
 
 def regime(rows: int) -> str:
-    """Which kernel serves steps of at most `rows` tokens, 0 for any number: "few", "some" or "many".
+    """The kernel for steps of at most `rows` tokens, 0 for any number: "few", "some" or "many".
 
     A compiled step cannot look at its own size, so programs are compiled for bounds.
     """
@@ -61,7 +61,7 @@ def regime(rows: int) -> str:
     return "some" if 0 < rows <= SOME_ROWS else "many"
 
 
-def cdiv(a: Any, b: int) -> Any:
+def cdiv(a: Any, b: Any) -> Any:
     """Ceiling of a / b, for symbolic sizes as well."""
     return (a + b - 1) // b
 

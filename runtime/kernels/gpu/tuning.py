@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,30 @@ def capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A configuration that is tried for all shapes of a kernel, None to look on; asked: the shape
+    classes it was chosen for."""
+
+    kernel: str
+    config: Config | None
+    asked: set[str] = field(default_factory=set)
+
+
+_trials: list[Trial] = []
+
+
+@contextmanager
+def trying(kernel: str, config: Config | None) -> Iterator[Trial]:
+    """Let `choose` give `config` for `kernel`, whatever the tables say."""
+    trial = Trial(kernel, config)
+    _trials.append(trial)
+    try:
+        yield trial
+    finally:
+        _trials.remove(trial)
+
+
 def user_table() -> Path:
     """Where `smelt tune` keeps what it found on this machine."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -63,6 +88,11 @@ def choose(kernel: str, shapes: Sequence[str], found: int) -> Config:
 
     shapes: shape classes, the most specific first. Raises TuningError where no table has any.
     """
+    for trial in _trials:
+        if trial.kernel == kernel:
+            trial.asked.add(shapes[0])
+            if trial.config is not None:
+                return trial.config
     for folder in (user_table(), SHIPPED):
         by_capability = _table(folder / f"{kernel}.json")
         nearest = [c for c in by_capability if c <= found]
@@ -73,6 +103,20 @@ def choose(kernel: str, shapes: Sequence[str], found: int) -> Config:
     raise TuningError(
         f"{SHIPPED.name}/{kernel}.json has nothing for {' or '.join(shapes)} on capability {found}"
     )
+
+
+def keep(kernel: str, found: int, shape: str, config: Config) -> Path:
+    """Write an entry into the user's table and return the file. The others in it stay."""
+    path = user_table() / f"{kernel}.json"
+    table = {c: dict(entries) for c, entries in _table(path).items()}
+    table.setdefault(found, {})[shape] = config
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    data = {str(c): {s: e.to_json() for s, e in entries.items()} for c, entries in table.items()}
+    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+    forget()
+    return path
 
 
 def tables() -> dict[str, dict[int, dict[str, Config]]]:
