@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help install check format test test-slow test-gpu goldens demo bench bench-quality bench-peers-quality
-.PHONY: bench-throughput crossings soak size clean
+.PHONY: bench-throughput crossings kernels bench-gpu soak size clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,6 +79,12 @@ bench-throughput: $(STAMP) ## many requests at once beside transformers, one int
 
 crossings: $(STAMP) ## every pair of the runtime's features against plain output
 	$(BIN)/python -m benchmarks.crossings --docs docs/crossings.md
+
+kernels: $(STAMP) ## compile every Triton kernel for GPUs that need not be here
+	$(BIN)/python -W ignore -m benchmarks.kernels_gpu
+
+bench-gpu: $(STAMP) ## kernels and whole models on a CUDA device, beside torch and transformers
+	$(BIN)/python -m benchmarks.gpu
 
 MINUTES ?= 10
 soak: $(STAMP) ## random requests, cancellations and failures; nothing may be left

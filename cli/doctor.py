@@ -190,9 +190,7 @@ def _quantization() -> list[str]:
 
 def _fastest(hardware: dict[str, Any], works: bool, cuda: bool) -> str:
     if cuda:
-        return (
-            "smelt compile MODEL -o OUT --device cuda (bf16: quantized layers have no CUDA kernel)"
-        )
+        return "smelt compile MODEL -o OUT --device cuda, with --quant awq for the smallest"
     if not works:
         return "smelt compile MODEL -o OUT --backend eager (slow; install a C++ compiler)"
     small = "--quant awq"

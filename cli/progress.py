@@ -15,6 +15,7 @@ STAGES = {
     "weights": "writing weights",
     "compile": "compiling the step",
     "export": "writing the folder",
+    "tune": "timing kernels",
     "prove": "measuring the result",
     "gate": "comparing with the original",
 }

@@ -222,7 +222,6 @@ def _manifest(
     config = loaded.config
     parameters = sum(p.numel() for p in loaded.skeleton.parameters())
     source_bytes = sum(spec.nbytes for spec in loaded.stored.values())
-    chosen = (r.get("notes", []) for r in program.records if r["name"] == "choose-providers")
     return Manifest(
         model={
             "name": Path(loaded.name).name,
@@ -248,7 +247,7 @@ def _manifest(
         constants={},
         layout_steps=layout_steps(program),
         passes=program.records,
-        providers=next(chosen, []),
+        providers=program.notes("choose-providers"),
         memory={
             "weights_bytes": weight_bytes,
             "kv_bytes_per_token": program.caches.bytes_per_token(),
@@ -266,7 +265,7 @@ def _manifest(
 
 def layout_steps(program: Program) -> list[dict[str, Any]]:
     """Steps that laid canonical weights out for providers, for the way back."""
-    from smelt.passes.providers import INVERSES
+    from smelt.passes.layouts import INVERSES
 
     return [s.to_json() for s in program.weights.steps if s.op in INVERSES]
 
@@ -311,8 +310,14 @@ def _lower(
     report("compile", 0, 1)
     if backend == "aoti":
         module, constants = lower.step_module(program)
-        exported = lower.export_step(module, program.caches, program.target)
-        lower.compile_package(exported, graphs / "step.pt2", folder / "compile.log")
+        manifest.steps = []
+        for name, (rows, query) in lower.BOUNDS.items():
+            if not lower.bound_step(module, rows, query) and rows:
+                continue  # no kernel asks: the one step serves all sizes
+            exported = lower.export_step(module, program.caches, program.target)
+            lower.compile_package(exported, graphs / f"{name}.pt2", folder / "compile.log")
+            entry = {"file": f"graphs/{name}.pt2", "max_tokens": rows, "max_query": query}
+            manifest.steps.append(entry)
         (folder / "compile.log").unlink(missing_ok=True)
     else:
         exported, constants = portable.export_with_inputs(program, program.target)
@@ -353,7 +358,7 @@ def rebuild(
         old.memory["weights_bytes"] = artifact.write_weights(program, source, scratch, report)
         old.target = artifact.describe_target(device)
         old.layout_steps = layout_steps(program)
-        old.providers = program.records[-1]["notes"]
+        old.providers = program.notes("choose-providers")
         old.build["rebuilt"] = time.strftime("%Y-%m-%d")
         _lower(program, old.backend, scratch, old, report)
         artifact.seal(old, scratch)

@@ -27,6 +27,12 @@ from smelt.runtime.errors import SmeltError
 EXAMPLE_T, EXAMPLE_B, EXAMPLE_M, EXAMPLE_R, EXAMPLE_W, EXAMPLE_BLOCKS = 8, 3, 5, 2, 6, 7
 
 
+# Steps a CUDA program is compiled for, smallest first: most tokens in all, and most that one
+# sequence brings; 0 is any number. Triton kernels for few rows and for many are different ones, and
+# a compiled step cannot look at its own size.
+BOUNDS = {"few": (16, 16), "some": (64, 16), "step": (0, 0)}
+
+
 class LowerError(SmeltError):
     """Inductor or the C++ compiler refused the graph."""
 
@@ -69,6 +75,24 @@ def step_module(program: Program) -> tuple[fx.GraphModule, dict[str, str]]:
     _reorder_inputs(graph, inputs, step_input_names(program.caches))
     graph.lint()
     return fx.GraphModule(root, graph), constants
+
+
+def bound_step(module: fx.GraphModule, rows: int, query: int) -> bool:
+    """Tell the kernels of a step how many tokens it has at most, and one sequence of it.
+
+    Returns whether there is a kernel that asks.
+    """
+    asked = False
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.name.startswith("smelt::"):
+            continue
+        for i, argument in enumerate(schema.arguments):
+            if argument.name in ("rows", "max_query"):
+                node.update_arg(i, rows if argument.name == "rows" else query)
+                asked = True
+    module.recompile()
+    return asked
 
 
 def _reorder_inputs(graph: fx.Graph, inputs: dict[str, fx.Node], order: list[str]) -> None:

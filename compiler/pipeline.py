@@ -23,7 +23,10 @@ from smelt.passes.canonical.remove_noops import RemoveNoops
 from smelt.passes.canonical.rms_norm import CanonicalizeRmsNorm
 from smelt.passes.canonical.rope import CanonicalizeRope
 from smelt.passes.canonical.simplify_views import SimplifyViews
+from smelt.passes.fusion.epilogues import FuseEpilogues
 from smelt.passes.fusion.linears import FuseLinears
+from smelt.passes.fusion.quantized_inputs import FuseQuantizedInputs
+from smelt.passes.fusion.rope_write import FuseRopeWrite
 from smelt.passes.providers import ChooseProviders
 from smelt.runtime.errors import UserError
 
@@ -82,6 +85,9 @@ def pipeline(config: PipelineConfig) -> list[Stage]:
         quantized = QuantizeKvCache()
         stages.append(Stage(quantized, quantized.options({"format": config.kv_cache})))
     stages.append(stage(ChooseProviders()))
+    if level >= 2:
+        fused: list[Pass] = [FuseEpilogues(), FuseRopeWrite(), FuseQuantizedInputs()]
+        stages += [stage(pass_) for pass_ in fused]
     known = {s.pass_.name for s in stages}
     for name in config.options:
         if name not in known:

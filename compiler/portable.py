@@ -147,7 +147,7 @@ class LaidOutSource:
     def tensor(self, name: str) -> torch.Tensor:
         if name in self._weights:
             return self._weights[name]
-        from smelt.passes.providers import INVERSES
+        from smelt.passes.layouts import INVERSES
 
         step = self._maker[name]
         laid_out = [self._weights[n] for n in step.outputs]

@@ -27,6 +27,13 @@ _LOWERED = (_CACHED - {"sequence_length"}) | {
     "cached_attention_reference",
     "cached_attention_quantized_reference",
     *(f"{name}_blocked" for name in _PACKED),
+    # Those of runtime/kernels/gpu, which are registered only where they are used.
+    *("linear_int4_triton", "linear_int8_triton", "linear_w8a8_triton", "linear_fp8_triton"),
+    *("linear_fp8_weight_triton", "quantize_int8_triton", "quantize_fp8_triton"),
+    *("linear_w8a8_requantized_triton", "linear_fp8_requantized_triton"),
+    *("add_rms_norm_triton", "add_rms_norm_int8_triton", "add_rms_norm_fp8_triton"),
+    *("gated_activation_triton", "gated_activation_int8_triton", "gated_activation_fp8_triton"),
+    *("experts_triton", "experts_int4_triton", "rope_write_triton", "paged_attention_triton"),
 }
 
 ALLOWED: dict[Dialect, set[str]] = {
@@ -41,6 +48,8 @@ CACHE_OPERATORS = {
     "cached_attention_reference",
     "cached_attention_quantized",
     "cached_attention_quantized_reference",
+    "rope_write_triton",
+    "paged_attention_triton",
 }
 
 

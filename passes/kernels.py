@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kernel:
-    """provider: "cpu" (our C++), "inductor", "aten" or "reference". reason: why it computes the
-    operator. limit: why nothing faster does; None where nothing faster is known."""
+    """provider: "cpu" (our C++), "triton", "inductor", "aten" or "reference". reason: why it
+    computes the operator. limit: why nothing faster does; None where nothing faster is known."""
 
     provider: str
     reason: str
@@ -43,16 +43,31 @@ _CPU = {
 }
 
 
+_CUDA = {
+    "linear": Kernel("aten", "cuBLAS"),
+    "linear_int4": Kernel("triton", "tensor cores, weights in the tiled layout widened in them"),
+    "linear_int3": Kernel(
+        "inductor", "dequantized and multiplied", "no kernel for 3 bits: int4 has one"
+    ),
+    "linear_int2": Kernel(
+        "inductor", "dequantized and multiplied", "no kernel for 2 bits: int4 has one"
+    ),
+    "linear_int8": Kernel("triton", "tensor cores, weights widened in registers"),
+    "linear_w8a8": Kernel("triton", "int8 tensor cores"),
+    "linear_fp8": Kernel("triton", "fp8 tensor cores; before compute capability 8.9 in bfloat16"),
+    "experts": Kernel("triton", "grouped products over the rows each expert got"),
+    "experts_quantized": Kernel("triton", "grouped products over the rows each expert got"),
+    "cached_attention": Kernel("triton", "flash-decoding and tiled prefill over the paged cache"),
+    "cached_attention_quantized": Kernel(
+        "triton", "flash-decoding and tiled prefill, dequantized in registers"
+    ),
+}
+_TABLES = {"cpu": _CPU, "cuda": _CUDA}
+
+
 def kernel_for(operator: str, target: str) -> Kernel:
-    """The kernel for a smelt:: operator, or "linear" over a 16-bit weight, on "cpu" or another
-    target. An operator without a kernel is computed by its reference."""
+    """The kernel for a smelt:: operator, or "linear" over a 16-bit weight, on "cpu" or "cuda". An
+    operator without a kernel is computed by its reference."""
     if operator in INLINED:
         return Kernel("inductor", "traced into ATen and fused with its neighbours")
-    if target == "cpu":
-        return _CPU.get(operator, Kernel("reference", "no kernel yet"))
-    if operator == "linear":
-        return Kernel("aten", "cuBLAS")
-    if operator in WEIGHT_ONLY:
-        no_kernel = f"no {target} kernel yet: the weight is dequantized in every step"
-        return Kernel("inductor", "dequantized and multiplied", no_kernel)
-    return Kernel("reference", "no kernel yet", f"no {target} kernel yet")
+    return _TABLES[target].get(operator, Kernel("reference", "no kernel yet"))

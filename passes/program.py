@@ -97,6 +97,10 @@ class Program:
             if node.op == "call_function" and (not targets or node.target in targets)
         ]
 
+    def notes(self, name: str) -> list[dict[str, Any]]:
+        """What the pass `name` noted; empty where it did not run."""
+        return next((r.get("notes", []) for r in self.records if r["name"] == name), [])
+
     def input(self, name: str) -> fx.Node:
         """The placeholder of the token, batch or cache input `name`."""
         for node in self.placeholders():

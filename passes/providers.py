@@ -12,25 +12,17 @@ from torch import fx
 from smelt.runtime.errors import UserError
 from smelt.runtime.ops.experts_quantized import BLOCK_ROWS
 from smelt.runtime.ops.gated_activation import gated_activation
-from smelt.runtime.ops.linear import (
-    GROUPED_BITS,
-    linear_int2,
-    linear_int3,
-    linear_int4,
-    linear_int8,
-)
-from smelt.runtime.ops.linear_fp8 import block_fp8, unblock_fp8
-from smelt.runtime.ops.linear_w8a8 import block_w8a8, unblock_w8a8
+from smelt.runtime.ops.linear import linear_int2, linear_int3, linear_int4, linear_int8
 from smelt.runtime.ops.norm import rms_norm
-from smelt.runtime.ops.packing import block, block_int8, unblock, unblock_int8
 from smelt.runtime.ops.rope import rope
 
+from . import layouts  # noqa: F401 - registers the plan's layout steps
 from .base import Close, Pass, PassResult
 from .dialect import CACHE_OPERATORS, smelt_name
+from .gpu_providers import TRITON, no_triton_kernel, to_triton, triton_operators
 from .kernels import Kernel, kernel_for
 from .program import Dialect, Program, module_path
 from .rewrite import aten, shape
-from .weights import operation
 
 # Operators whose reference Inductor fuses as well as a kernel of ours would: the reference is
 # traced into the graph at lowering. docs/passes.md holds the measurement.
@@ -50,83 +42,21 @@ EXPERTS = ("experts", "experts_quantized")
 QUANTIZED_INPUT = ("linear_w8a8", "linear_fp8")
 
 
-Layout = Callable[..., tuple[torch.Tensor, ...]]
-
 # What may compute an operator, by its name.
-PROVIDERS: dict[str, tuple[str, ...]] = {
-    "linear": ("aten", "cpu", "reference"),
-    "cached_attention": ("cpu", "reference"),
-    "cached_attention_quantized": ("cpu", "reference"),
-    "experts": ("cpu", "reference"),
-    "experts_quantized": ("cpu", "reference"),
-    **dict.fromkeys(INLINED, ("inductor", "reference")),
-    **dict.fromkeys(INLINED_LINEARS, ("cpu", "inductor", "reference")),
-    **dict.fromkeys(QUANTIZED_INPUT, ("cpu", "reference")),
+_KNOWN: dict[str, tuple[str, ...]] = {
+    "linear": ("aten", "cpu"),
+    "cached_attention": ("cpu",),
+    "cached_attention_quantized": ("cpu",),
+    "experts": ("cpu",),
+    "experts_quantized": ("cpu",),
+    **dict.fromkeys(INLINED, ("inductor",)),
+    **dict.fromkeys(INLINED_LINEARS, ("cpu", "inductor")),
+    **dict.fromkeys(QUANTIZED_INPUT, ("cpu",)),
 }
-
-
-def _block(bits: int) -> Layout:
-    def apply(
-        qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, n: int, k: int
-    ) -> tuple[torch.Tensor, ...]:
-        return block(qweight, scales, zeros, bits, k)
-
-    return operation(f"block_int{bits}")(apply)
-
-
-def _unblock(bits: int) -> Layout:
-    def apply(
-        packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, n: int, k: int
-    ) -> tuple[torch.Tensor, ...]:
-        return unblock(packed, scales, zeros, bits, n, k)
-
-    return apply
-
-
-@operation("block_int8")
-def _block_int8(
-    qweight: torch.Tensor, scales: torch.Tensor, *, n: int, k: int
-) -> tuple[torch.Tensor, ...]:
-    return block_int8(qweight, scales)
-
-
-@operation("block_w8a8")
-def _block_w8a8(qweight: torch.Tensor, *, n: int, k: int) -> tuple[torch.Tensor, ...]:
-    return (block_w8a8(qweight),)
-
-
-@operation("block_fp8")
-def _block_fp8(
-    qweight: torch.Tensor, scales: torch.Tensor, *, n: int, block: int
-) -> tuple[torch.Tensor, ...]:
-    return block_fp8(qweight, scales, block)
-
-
-def _unblock_w8a8(packed: torch.Tensor, *, n: int, k: int) -> tuple[torch.Tensor, ...]:
-    return (unblock_w8a8(packed, n, k),)
-
-
-def _unblock_fp8(
-    packed: torch.Tensor, scales: torch.Tensor, *, n: int, block: int
-) -> tuple[torch.Tensor, ...]:
-    return unblock_fp8(packed, scales, n, block)
-
-
-def _unblock_int8(
-    packed: torch.Tensor, scales: torch.Tensor, *, n: int, k: int
-) -> tuple[torch.Tensor, ...]:
-    return unblock_int8(packed, scales, n)
-
-
-# From a provider's layout back to the canonical form, by the name of the layout step.
-INVERSES: dict[str, Layout] = {
-    "block_int8": _unblock_int8,
-    "block_w8a8": _unblock_w8a8,
-    "block_fp8": _unblock_fp8,
+PROVIDERS = {
+    name: (*known, *(["triton"] if name in TRITON else []), "reference")
+    for name, known in _KNOWN.items()
 }
-for _bits in GROUPED_BITS:
-    _block(_bits)
-    INVERSES[f"block_int{_bits}"] = _unblock(_bits)
 
 
 @dataclass(frozen=True)
@@ -145,6 +75,10 @@ class ChooseProviders(Pass):
                                                         weights laid out by a plan step
         y = smelt.rms_norm(x, w)                    y = rms_norm(x, w)   traced into ATen when
                                                         lowered, and fused by Inductor
+    Before (cuda)                               After
+        y = smelt.linear_int4(x, q, s, z)           y = smelt.linear_int4_triton(x, ...)
+        o = smelt.cached_attention(q, k, v, c)      t = smelt.rope_write_triton(q, k, v, c, ...)
+                                                    o = smelt.paged_attention_triton(t, c, ...)
 
     Legal when a provider supports the node's device, dtypes and shapes; the choice and its reason
     are recorded per node and written into the manifest. Layout steps are invertible, so that the
@@ -162,7 +96,7 @@ class ChooseProviders(Pass):
         result = PassResult()
         overrides = dict(options.overrides)
         for operator, provider in overrides.items():
-            _check_override(operator, provider)
+            _check_override(operator, provider, program.target)
         for node in program.calls():
             name = "linear" if node.target is aten.linear.default else smelt_name(node)
             if name is None or "provider" in node.meta:
@@ -175,7 +109,7 @@ class ChooseProviders(Pass):
         return result
 
 
-def _check_override(name: str, provider: str) -> None:
+def _check_override(name: str, provider: str, target: str) -> None:
     """Raise UserError when no operator `name` exists or `provider` does not compute it."""
     if name not in PROVIDERS:
         raise UserError(f"--provider {name}: no such operator; known: {', '.join(PROVIDERS)}")
@@ -183,19 +117,28 @@ def _check_override(name: str, provider: str) -> None:
         raise UserError(
             f"--provider {name}={provider}: expected one of {', '.join(PROVIDERS[name])}"
         )
+    if provider == "triton":
+        triton_operators(target)
 
 
 def _choose(program: Program, node: fx.Node, name: str, override: str | None) -> Kernel:
     """What computes one node."""
     if override is not None:
+        refused = no_triton_kernel(program, node, name) if override == "triton" else None
+        if refused is not None:
+            raise UserError(f"--provider {name}=triton: {module_path(node)}: {refused}")
         return Kernel(override, "chosen by --provider")
     if name == "linear" and program.weight_name(node.args[1]) is None:
         return Kernel("aten", "the second operand is not a weight")
-    if name in EXPERTS:
+    kernel = kernel_for(name, program.target)
+    reason = None
+    if kernel.provider == "triton":
+        reason = no_triton_kernel(program, node, name)
+    elif name in EXPERTS:
         reason = _no_experts_kernel(program, node, name)
-        if reason is not None:
-            return Kernel("reference", reason)
-    return kernel_for(name, program.target)
+    if reason is None:
+        return kernel
+    return Kernel("inductor" if name in INLINED_LINEARS else "reference", reason)
 
 
 def _note(program: Program, node: fx.Node, name: str, kernel: Kernel) -> dict[str, str]:
@@ -245,7 +188,9 @@ def _features(program: Program, node: fx.Node, q: Any) -> int:
 
 def _apply(program: Program, node: fx.Node, name: str, provider: str) -> None:
     node.meta["provider"] = provider
-    if provider == "inductor" and name in INLINED | INLINED_LINEARS:
+    if provider == "triton":
+        to_triton(program, node, name)
+    elif provider == "inductor" and name in INLINED | INLINED_LINEARS:
         node.target = (INLINED | INLINED_LINEARS)[name]
     elif name == "linear" and provider == "cpu":
         node.target = torch.ops.smelt.linear.default

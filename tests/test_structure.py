@@ -26,6 +26,7 @@ ALLOWED = {
     "passes": (
         "smelt.passes",
         "smelt.runtime.ops",
+        "smelt.runtime.kernels.gpu",  # its operators, and the layouts that they read
         "smelt.runtime.speculation",
         "smelt.runtime.batch",
         "smelt.runtime.errors",

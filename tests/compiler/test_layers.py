@@ -42,7 +42,7 @@ def test_the_plan_and_the_compiler_name_the_same_kernels(spec: QuantSpec) -> Non
     stages = pipeline(PipelineConfig(quantize=stage))
     names = [s.pass_.name for s in stages]
     PassManager(stages[names.index("keep-logits-rows") - (stage is not None) :]).run(program)
-    notes = [n for n in program.records[-1]["notes"] if n["operator"].startswith("linear")]
+    notes = [n for n in program.notes("choose-providers") if n["operator"].startswith("linear")]
     said = ("operator", "provider", "reason", "limit")
     chosen = {tuple(note.get(key) for key in said) for note in notes}
     assert {tuple(getattr(kind, key) for key in said) for kind in planned(model, spec)} == chosen

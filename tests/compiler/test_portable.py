@@ -18,8 +18,8 @@ from smelt.compiler import portable
 from smelt.compiler.manager import PassManager, Stage
 from smelt.compiler.pipeline import PipelineConfig, pipeline, portable_stages
 from smelt.passes.dialect import verify
+from smelt.passes.layouts import INVERSES
 from smelt.passes.program import Dialect
-from smelt.passes.providers import INVERSES
 from smelt.passes.quantize.rtn import QuantizeRtn, RtnOptions
 from smelt.passes.quantize.spec import QuantSpec
 from smelt.passes.weights import Step

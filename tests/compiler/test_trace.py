@@ -48,7 +48,7 @@ def test_the_traced_graph_equals_eager(family: str) -> None:
 
 def test_every_pass_finds_what_the_modules_promise(lowered: Subject) -> None:
     records = lowered.program.records
-    assert records[-1]["name"] == "choose-providers"
+    assert "choose-providers" in [record["name"] for record in records]
     for record in records:
         if record["expected"] is not None:
             assert record["matched"] == record["expected"], record["name"]

@@ -17,7 +17,7 @@ from helpers.tiny import Subject
 import smelt as library
 from smelt.compiler.manager import PassManager
 from smelt.compiler.numerics import compare
-from smelt.compiler.pipeline import PipelineConfig, pipeline
+from smelt.compiler.pipeline import PipelineConfig, pipeline, portable_stages
 from smelt.compiler.plan import plan
 from smelt.compiler.trace import export, program_from_export
 from smelt.compiler.weights import ModuleSource
@@ -42,7 +42,7 @@ def trained() -> dict[str, Subject]:
     found = {}
     for name in CACHE_FORMATS:
         program = program_from_export(export(module), module, module.config)
-        stages = pipeline(PipelineConfig(kv_cache=name))[:-1]  # providers are not of interest
+        stages = portable_stages(pipeline(PipelineConfig(kv_cache=name)))[0]
         found[name] = Subject(PassManager(stages).run(program), ModuleSource(module), ids)
     return found
 

@@ -23,4 +23,5 @@ def test_the_operators_that_are_inlined_are_those_with_a_reference_to_inline() -
 def test_a_slow_kernel_says_why_nothing_faster_runs() -> None:
     assert "no fp8 arithmetic" in str(kernel_for("linear_fp8", "cpu").limit)
     assert kernel_for("linear_w8a8", "cpu").limit is None
-    assert "no cuda kernel yet" in str(kernel_for("linear_int4", "cuda").limit)
+    assert "no kernel for 3 bits" in str(kernel_for("linear_int3", "cuda").limit)
+    assert kernel_for("linear_int4", "cuda").limit is None
