@@ -39,7 +39,7 @@ SECTIONS = ("checks", "attention", "linears", "models", "activations", "experts"
 # Of the whole time, when packages that are not compiled yet are given up.
 COMPILING = 0.5
 # Seconds without a word after which a process is taken for hung.
-SILENCE = 90.0
+SILENCE = 120.0
 SILENCE_COMPILING = 400.0
 # Models in precisions, the most telling first, and those of a smoke run.
 JOBS = tuple(f"{m} {p}" for m in ("llama-8b", "qwen3-4b") for p in ("bf16", "int4", "fp8"))

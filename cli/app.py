@@ -33,7 +33,7 @@ VERBS = {
     "plan": ("plan", "Memory a model will need, before anything is built."),
     "eval": ("eval", "Perplexity, distance from the original, needles, tasks."),
     "bench": ("bench", "Speed of an artifact against this machine's bandwidth."),
-    "tune": ("tune", "Time Triton tile sizes on this machine's GPU, and compile with the best."),
+    "tune": ("tune", "Time tile sizes of GPU kernels, compile with the best."),
     "doctor": ("doctor", "What this machine has and what smelt can do on it."),
 }
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_masks import first_key, own_keys, sequence_at, visible_by_bits
+from .attention_masks import begun, first_key, own_keys, visible_by_bits
 from .cache_tiles import (
     LOG2E,
     capped,
@@ -295,7 +295,11 @@ def combine_pieces(
     exists = feature < SIZE
     token = part
     if part_rows == tokens:
-        b = sequence_at(query_start, sequences, token, 1, 0)
+        b = 0
+        for base in range(1, sequences + 1, 128):
+            index = base + tl.arange(0, 128)
+            starts = tl.load(query_start + index, mask=index <= sequences, other=0)
+            b += begun(starts, index, sequences, token, 1, 0)
         if b == sequences:
             at = (token.to(tl.int64) * HEADS + head) * SIZE
             nothing = narrow(tl.zeros([BLOCK_D], tl.float32), DTYPE, WIDEN)
@@ -318,11 +322,11 @@ def combine_pieces(
     total = 0.0
     acc = tl.zeros([BLOCK_D], tl.float32)
     for base in range(0, pieces, BLOCK_S):
-        index = base + tl.arange(0, BLOCK_S)
-        mask = index < pieces
-        log = tl.load(logs + first + index, mask=mask, other=float("-inf"))
-        piece = tl.load(
-            parts + ((first + index) * SIZE)[:, None] + feature[None, :],
+        piece = base + tl.arange(0, BLOCK_S)
+        mask = piece < pieces
+        log = tl.load(logs + first + piece, mask=mask, other=float("-inf"))
+        part_acc = tl.load(
+            parts + ((first + piece) * SIZE)[:, None] + feature[None, :],
             mask=mask[:, None] & exists[None, :],
             other=0.0,
         )
@@ -330,7 +334,7 @@ def combine_pieces(
         safe = tl.where(new == float("-inf"), 0.0, new)
         shrink = tl.exp2(top - safe)
         weights = tl.exp2(log - safe)
-        acc = acc * shrink + tl.sum(piece * weights[:, None], 0)
+        acc = acc * shrink + tl.sum(part_acc * weights[:, None], 0)
         total = total * shrink + tl.sum(weights, 0)
         top = new
     if HAS_SINKS:

@@ -13,22 +13,19 @@ import triton.language as tl
 
 
 @triton.jit
-def sequence_at(query_start, sequences, place, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """The sequence that holds token `place`; with a TILE, the one that tile `place` belongs to.
+def begun(starts, index, sequences, place, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """How many of the sequences `index`, whose first tokens are `starts`, begin at token `place` or
+    before it; with a TILE, at tile `place` of that many rows, where a token has ROWS.
 
-    A token has ROWS rows, a tile TILE of them. Sequence b's tiles begin at number query_start[b] *
-    ROWS // TILE + b, so that none is shared and no sum over sequences is needed. The answer is
-    `sequences` where `place` is behind them all. All starts are looked at, 128 at once: that is one
-    wait for memory, where a binary search waits for each of its steps.
+    Sequence b's tiles begin at number starts[b] * ROWS // TILE + b: none is shared, and no sum over
+    sequences is needed. Over sequences 1, 2, ... the sum of this is the number of the sequence that
+    holds `place`. Kernels load all starts, 128 at once: that is one wait for memory, where a binary
+    search waits at each of its steps. They do it themselves, because Inductor takes a pointer that
+    is given to a function for written where the result leads to a store.
     """
-    found = 0
-    for base in range(1, sequences + 1, 128):
-        index = base + tl.arange(0, 128)
-        first = tl.load(query_start + index, mask=index <= sequences, other=0)
-        if TILE > 0:
-            first = first * ROWS // TILE + index
-        found += tl.sum(((index <= sequences) & (first <= place)).to(tl.int32), 0)
-    return found
+    if TILE > 0:
+        starts = starts * ROWS // TILE + index
+    return tl.sum(((index <= sequences) & (starts <= place)).to(tl.int32), 0)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_masks import first_key, sequence_at, tree_bits, tree_depths
+from .attention_masks import begun, first_key, tree_bits, tree_depths
 from .cache_tiles import (
     LOG2E,
     capped,
@@ -223,7 +223,11 @@ def attend_rows(
             return
     head = tl.program_id(1)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = sequence_at(query_start, sequences, tile, RATIO, BLOCK_M)
+    b = 0
+    for base in range(1, sequences + 1, 128):
+        index = base + tl.arange(0, 128)
+        starts = tl.load(query_start + index, mask=index <= sequences, other=0)
+        b += begun(starts, index, sequences, tile, RATIO, BLOCK_M)
     first = tl.load(query_start + b)
     last = tokens
     if b < sequences:

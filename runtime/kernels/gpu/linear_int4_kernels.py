@@ -169,7 +169,7 @@ def _few(
         s3 = _sum_of(x3, none if PARTS == 4 else s2, WIDEN)
         chunk = tl.minimum(step + 1, last) * SLICES + threads // 32
         if TAIL > 0:
-            chunk = chunk
+            chunk = tl.minimum(chunk, chunks - 1)
         ahead = _factors(scales, zeros, chunk, plane, own, GROUP, PARTS, WIDEN)
         xs = (x0, x1, x2, x3)
         sums = (s0, s1, s2, s3)

@@ -7,9 +7,9 @@ added before the one rounding, where separate operators would round twice.
 
 Steps of few tokens read every weight byte once and are bound by that: 16-byte copies of three tiles
 are under way while one is multiplied, and K is split where the layer has few outputs. Steps of many
-are bound by the tensor cores, and on Hopper by the L2 cache that feeds them: tiles of 128 x 256,
-the largest whose sums fit in the registers. (triton 3.9 waits for every int8 wgmma before it issues the
-next copies; those already issued keep arriving.)
+are bound by the tensor cores, and on Hopper by the L2 cache that feeds them: tiles of 128 x 256 are
+the largest whose sums fit in the registers. (triton 3.9 waits for every int8 wgmma before it issues
+the next copies; those already issued keep arriving.)
 """
 
 from __future__ import annotations

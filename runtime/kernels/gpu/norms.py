@@ -19,7 +19,9 @@ from torch.library import triton_op
 from smelt.runtime.ops.gated_activation import ACTIVATIONS
 
 from .launch import Variant
-from .quantize import launch_rows, row_variant, store_rows
+from .quantize import candidates as candidates
+from .quantize import cost, launch_rows, row_variant, store_rows
+from .roofline import Cost
 from .rounding import NAMES, narrow, wide
 from .tiles import activate
 
@@ -243,6 +245,19 @@ def gated_activation_fp8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`gated_activation` and then `quantize_fp8` -> (q [..., I], scale)."""
     return _gate(gate, up, kind, "e4m3", input_scale, block)
+
+
+def norm_cost(
+    rows: int, k: int, form: str, block: int = 0, residual: bool = True, itemsize: int = 2
+) -> Cost:
+    """Of one launch of `_add_rms_norm`; form: "same", "int8" or "e4m3"."""
+    total = Cost((rows * k if residual else 0) * itemsize + k * itemsize)
+    return total + cost(rows, k, 2 if residual else 1, form, block, itemsize)
+
+
+def gate_cost(rows: int, k: int, form: str, block: int = 0, itemsize: int = 2) -> Cost:
+    """Of one launch of `_gated_activation`."""
+    return cost(rows, k, 2, form, block, itemsize)
 
 
 def norm_variants(capability: int) -> Iterator[Variant]:

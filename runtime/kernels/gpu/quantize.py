@@ -264,7 +264,7 @@ def row_variant(
         "K": "i32",
     }
     return Variant(
-        f"{name}/{form}{group or ''}/{k}",
+        f"{name}/{form}{f'-{group}' if group else ''}/{k}",
         kernel,
         signature,
         {

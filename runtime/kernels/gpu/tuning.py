@@ -64,6 +64,7 @@ class Trial:
 
 
 _trials: list[Trial] = []
+_used: set[tuple[str, int, str]] = set()  # (kernel, capability, shape) of entries given out
 
 
 @contextmanager
@@ -99,6 +100,7 @@ def choose(kernel: str, shapes: Sequence[str], found: int) -> Config:
         entries = by_capability[max(nearest)] if nearest else {}
         for shape in shapes:
             if shape in entries:
+                _used.add((kernel, max(nearest), shape))
                 return entries[shape]
     raise TuningError(
         f"{SHIPPED.name}/{kernel}.json has nothing for {' or '.join(shapes)} on capability {found}"
@@ -117,6 +119,11 @@ def keep(kernel: str, found: int, shape: str, config: Config) -> Path:
     part.replace(path)
     forget()
     return path
+
+
+def used() -> frozenset[tuple[str, int, str]]:
+    """(kernel, capability, shape) of every entry that was chosen in this process."""
+    return frozenset(_used)
 
 
 def tables() -> dict[str, dict[int, dict[str, Config]]]:

@@ -74,7 +74,7 @@ def deliver(
         WIDTH = N * 2 if GATE != "" else N
         part = tl.program_id(1).to(tl.int64) * M
         at = (part + rows)[:, None] * WIDTH + columns[None, :]
-        keep = (rows < M)[:, None] & (columns < N)[None, :]
+        keep = (rows < M)[:, None] & (columns < N + 1)[None, :]
         tl.store(out + at, y, mask=keep)
         if GATE != "":
             tl.store(out + N + at, up, mask=keep)
@@ -90,7 +90,7 @@ def add_parts(
     WIDTH = N * 2 if GATE != "" else N
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    keep = (rows < M)[:, None] & (columns < N)[None, :]
+    keep = (rows < M)[:, None] & (columns < N + 1)[None, :]
     at = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
     y = tl.zeros((ROWS, BLOCK), tl.float32)
     up = y

@@ -232,3 +232,12 @@ def test_exports() -> None:
 def test_variants_have_names_of_their_own(found: int) -> None:
     names = [variant.name for variant in norms.variants(found)]
     assert len(names) == len(set(names)) <= 12
+
+
+def test_cost_counts_each_byte_once() -> None:
+    # x, residual, their sum, the result; the weight.
+    assert norms.norm_cost(10, 256, "same").bytes == 10 * 256 * 2 * 4 + 512
+    assert norms.norm_cost(10, 256, "same", residual=False).bytes == 10 * 256 * 2 * 2 + 512
+    assert norms.norm_cost(10, 256, "int8").bytes == 10 * (256 * 7 + 4) + 512
+    assert norms.gate_cost(10, 256, "e4m3", 128).bytes == 10 * (256 * 5 + 8)
+    assert len(norms.candidates("middle", 90)) == 6
