@@ -51,7 +51,7 @@ def finish(
         y += wide(tl.load(bias + columns, mask=inside, other=0.0), WIDEN)[None, :]
     if GATE != "":
         if HAS_BIAS:
-            up += wide(tl.load(bias + N + columns, mask=inside, other=0.0), WIDEN)[None, :]
+            up += wide(tl.load(bias + columns, mask=inside, other=0.0), WIDEN)[None, :]
         y = activate(y, GATE) * up
     if HAS_RESIDUAL:
         y += wide(tl.load(residual + at, mask=keep, other=0.0), WIDEN)
@@ -74,7 +74,7 @@ def deliver(
         WIDTH = N * 2 if GATE != "" else N
         part = tl.program_id(1).to(tl.int64) * M
         at = (part + rows)[:, None] * WIDTH + columns[None, :]
-        keep = (rows < M)[:, None] & (columns < N + 1)[None, :]
+        keep = (rows < M)[:, None] & (columns < N)[None, :]
         tl.store(out + at, y, mask=keep)
         if GATE != "":
             tl.store(out + N + at, up, mask=keep)
@@ -90,7 +90,7 @@ def add_parts(
     WIDTH = N * 2 if GATE != "" else N
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    keep = (rows < M)[:, None] & (columns < N + 1)[None, :]
+    keep = (rows < M)[:, None] & (columns < N)[None, :]
     at = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
     y = tl.zeros((ROWS, BLOCK), tl.float32)
     up = y

@@ -42,6 +42,7 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=12, deadline=None)
 @example(case=Case(((9, 40), (33, 2)), tree=True, window=11))
 @example(case=Case(((9, 40),), tree=True, window=100, sinks=True, format="int4", padding=33))
+@example(case=Case(((0, 40), (60, 2)), heads=2, kv_heads=1, size=16))
 @given(case=cases())
 def test_against_float32(case: Case) -> None:
     PagedStep(case).check()
