@@ -128,15 +128,16 @@ def _decode(
     rows = tokens if few else torch.sym_min(tokens, MAX_TOKENS * sequences)
     parts = q.new_empty((rows, shape.heads, most, shape.size), dtype=torch.float32)
     logs = q.new_empty((rows, shape.heads, most), dtype=torch.float32)
-    tiles = cdiv(shape.ratio * (step.max_query if few else MAX_TOKENS), shape.columns)
+    bound = torch.sym_min(tokens, step.max_query if few else MAX_TOKENS)
+    tiles = cdiv(shape.ratio * bound, shape.columns)
     # A kernel's argument cannot be None on a device and in the interpreter alike: where there is
     # no tensor another one stands for it.
     sinks = q if step.sinks is None else step.sinks
     launch(
-        *(attend_pieces, (shape.kv_heads * tiles, most, sequences)),
+        *(attend_pieces, (shape.kv_heads, most, tiles * sequences)),
         *(q, step.kv_cache, step.query_start, step.seq_lens, step.table, _tree(step), sinks),
         *(out, parts, logs, q.stride(0), q.stride(1), step.table.shape[1], _width(step)),
-        *(most, tokens, rows),
+        *(sequences, most, tokens, rows),
         **values,
         HAS_TREE=step.tree is not None,
         BLOCK_M=shape.columns,
@@ -225,10 +226,11 @@ def candidates(shape: str, found: int, kernel: str = DECODE) -> list[Config]:
     if stages > 1:
         tried += [Config(base.constants, warps, s) for s in (stages - 1, stages + 1) if s > 1]
     tried.append(Config(base.constants, 12 - warps, stages))  # 4 for 8, and 8 for 4
+    sizes = range(16, (32 if kind else 256) + 1)  # a tree's bits are those of an integer
     return [
         config
         for i, config in enumerate(tried)
-        if config not in tried[:i] and int(config.constants["BLOCK_N"]) >= 16
+        if config not in tried[:i] and int(config.constants["BLOCK_N"]) in sizes
     ]
 
 
@@ -281,8 +283,8 @@ def _variant(
         **{"cache": stored if shape.format == "auto" else "*u8", "tree": "*i1"},
         **{"parts": "*fp32", "logs": "*fp32"},
     }
-    numbers = ("q_token", "q_head", "table_width", "tree_width", "splits", "tokens", "part_rows")
-    signature = {**pointers, **dict.fromkeys((*numbers, "sequences"), "i32")}
+    numbers = ("q_token", "q_head", "table_width", "tree_width", "sequences", "splits", "tokens")
+    signature = {**pointers, **dict.fromkeys((*numbers, "part_rows"), "i32")}
     return Variant(
         f"attention {name} {shape.format} {shape.dtype} {shape.size}",
         kernel,

@@ -86,6 +86,7 @@ def attend_pieces(
     q_head,
     table_width,
     tree_width,
+    sequences,
     splits,
     tokens,
     part_rows,
@@ -111,15 +112,16 @@ def attend_pieces(
     BLOCK_N: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Program (kv head and tile of BLOCK_M columns, piece, sequence).
+    """Program (kv head, piece, tile of BLOCK_M columns and sequence).
 
     q [T, H, D] with strides q_token and q_head; cache with rows of ROW elements, or bytes. BLOCK_D:
     SIZE up to a power of two. COMPUTE: of products over an unquantized cache. DTYPE: of out.
     """
-    head = tl.program_id(0) % KV_HEADS
-    tile = tl.program_id(0) // KV_HEADS
+    head = tl.program_id(0)
     piece = tl.program_id(1)
-    b = tl.program_id(2)
+    # Second tiles, which most sequences lack, come last: before others they would hold those up.
+    b = tl.program_id(2) % sequences
+    tile = tl.program_id(2) // sequences
     first = tl.load(query_start + b)
     count = tl.load(query_start + b + 1) - first
     if (count > MAX_TOKENS) | (tile * BLOCK_M >= count * RATIO):
@@ -295,16 +297,18 @@ def combine_pieces(
     exists = feature < SIZE
     token = part
     if part_rows == tokens:
+        padding = token >= tl.load(query_start + sequences)
+        if padding:
+            at = (token.to(tl.int64) * HEADS + head) * SIZE
+            nothing = narrow(tl.zeros([BLOCK_D], tl.float32), DTYPE, WIDEN)
+            tl.store(out + at + feature, nothing, mask=exists)
+        if padding | (splits == 1):
+            return
         b = 0
         for base in range(1, sequences + 1, 128):
             index = base + tl.arange(0, 128)
             starts = tl.load(query_start + index, mask=index <= sequences, other=0)
             b += begun(starts, index, sequences, token, 1, 0)
-        if b == sequences:
-            at = (token.to(tl.int64) * HEADS + head) * SIZE
-            nothing = narrow(tl.zeros([BLOCK_D], tl.float32), DTYPE, WIDEN)
-            tl.store(out + at + feature, nothing, mask=exists)
-            return
     else:
         b = part // MAX_TOKENS
         token = tl.load(query_start + b) + part % MAX_TOKENS

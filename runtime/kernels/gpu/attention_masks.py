@@ -98,6 +98,7 @@ def tree_bits(tree, start, rows, step, BLOCK_N: tl.constexpr, WINDOW: tl.constex
     Bits, because the layout that reads a tree well is no product's; eight keys at once, to take few
     registers.
     """
+    tl.static_assert(BLOCK_N <= 32)
     number, valid, indices, positions = rows
     first, count, before, width = step
     bits = tl.zeros(number.shape, tl.int32)

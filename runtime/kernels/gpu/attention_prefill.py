@@ -278,7 +278,7 @@ def attend_rows(
         other=0.0,
     )
     queries = narrow(wide(queries, WIDEN), COMPUTE, WIDEN)
-    table += b.to(tl.int64) * table_width
+    table += tl.cast(b, tl.int64) * table_width
     cache += head * ROW
     SLOT: tl.constexpr = KV_HEADS * ROW
     values = cache + BLOCK_SIZE * SLOT

@@ -101,7 +101,7 @@ def candidates(shape: str, capability: int) -> list[Config]:
     if step == "some":
         shapes += [(32, 64, 4, 3), (32, 128, 4, 3)]
         if large:
-            shapes += [(64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 4)]
+            shapes += [(64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 5)]
     elif capability == 90:
         shapes += [(128, 64, 4, 2), (128, 128, 4, 2), (128, 128, 8, 3), (256, 128, 8, 3)]
     else:

@@ -51,7 +51,7 @@ def finish(
         y += wide(tl.load(bias + columns, mask=inside, other=0.0), WIDEN)[None, :]
     if GATE != "":
         if HAS_BIAS:
-            up += wide(tl.load(bias + columns, mask=inside, other=0.0), WIDEN)[None, :]
+            up += wide(tl.load(bias + N + columns, mask=inside, other=0.0), WIDEN)[None, :]
         y = activate(y, GATE) * up
     if HAS_RESIDUAL:
         y += wide(tl.load(residual + at, mask=keep, other=0.0), WIDEN)

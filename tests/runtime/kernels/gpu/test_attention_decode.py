@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+from smelt.runtime.kernels.gpu import attention as kernels
+from smelt.runtime.kernels.gpu.attention_shapes import Shape, pieces, unsupported
+from smelt.runtime.kernels.gpu.tuning import Config
+from smelt.runtime.ops.cache_format import quantize_rows, row_bytes
 
 from .paged import ROUNDING, Case, PagedStep
 
@@ -113,8 +122,16 @@ def test_a_window_needs_few_pieces() -> None:
     assert logs.shape[2] == 2 and logs.isfinite().all()
 
 
+@pytest.mark.parametrize("bound", [1, 0])
+def test_nothing_to_attend(bound: int) -> None:
+    """No sequence, no token of any, no row at all."""
+    for sequences, padding in (((), 3), (((5, 0), (0, 0)), 3), (((5, 0),), 0)):
+        out = PagedStep(Case(sequences, size=16, padding=padding, max_query=bound)).check()
+        assert len(out) == padding
+
+
 def test_more_sequences_than_are_looked_at_at_once() -> None:
-    lengths = [(i % 5, 0 if i % 9 == 4 else 1) for i in range(131)]
+    lengths = [(i % 2, 0 if i % 9 == 4 else 1) for i in range(131)]
     case = Case(tuple(lengths), heads=1, kv_heads=1, size=16, padding=2, max_query=1)
     PagedStep(case).check()
 
