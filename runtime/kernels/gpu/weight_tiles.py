@@ -182,7 +182,7 @@ def minus(a, b, OPERAND: tl.constexpr, WIDEN: tl.constexpr):
 def times(a, scales, OPERAND: tl.constexpr, WIDEN: tl.constexpr):
     """a [N, K] in OPERAND, float32 where WIDEN, times scales bfloat16 [N, 1] -> OPERAND.
 
-    The scales are rounded to OPERAND first: exact but for scales below 2^-16 as float16.
+    The scales become OPERAND first, which is exact; as float16 for 2^-17 up to 65280.
     """
     if WIDEN or OPERAND == "fp32":
         factor = wide(narrow(wide(scales, WIDEN), OPERAND, WIDEN), WIDEN)
