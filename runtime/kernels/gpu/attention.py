@@ -226,11 +226,11 @@ def candidates(shape: str, found: int, kernel: str = DECODE) -> list[Config]:
     if stages > 1:
         tried += [Config(base.constants, warps, s) for s in (stages - 1, stages + 1) if s > 1]
     tried.append(Config(base.constants, 12 - warps, stages))  # 4 for 8, and 8 for 4
-    sizes = range(16, (32 if kind else 256) + 1)  # a tree's bits are those of an integer
+    allowed = range(16, (32 if kind else 256) + 1)  # a tree's bits are those of an integer
     return [
         config
         for i, config in enumerate(tried)
-        if config not in tried[:i] and int(config.constants["BLOCK_N"]) in sizes
+        if config not in tried[:i] and int(config.constants["BLOCK_N"]) in allowed
     ]
 
 
