@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,9 @@ from helpers.data import data_path
 # Tests compute on small tensors, where more threads only wait for each other. The kernel cache
 # stays the user's: the C++ kernels are built once and not once a run.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+# Structured traces for torch's own tools: empty lines by the thousand in a failure's report.
+logging.getLogger("torch.__trace").propagate = False
 
 
 @pytest.fixture

@@ -42,8 +42,7 @@ class FuseEpilogues(Pass):
 
     name = "fuse-epilogues"
     summary = "residual adds and gates move into the Triton linears before them"
-    requires = Dialect.LOWERED
-    produces = Dialect.LOWERED
+    requires = Dialect.CACHED
     after = ("choose-providers",)
     numerics = Close()
 

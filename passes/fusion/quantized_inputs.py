@@ -40,8 +40,7 @@ class FuseQuantizedInputs(Pass):
 
     name = "fuse-quantized-inputs"
     summary = "norms, gates and linears write what the next quantized product reads"
-    requires = Dialect.LOWERED
-    produces = Dialect.LOWERED
+    requires = Dialect.CACHED
     after = ("fuse-epilogues",)
     numerics = Close()
 

@@ -30,8 +30,7 @@ class FuseRopeWrite(Pass):
 
     name = "fuse-rope-write"
     summary = "the rotary embedding moves into the kernel that writes keys and values"
-    requires = Dialect.LOWERED
-    produces = Dialect.LOWERED
+    requires = Dialect.CACHED
     after = ("choose-providers",)
     numerics = Exact()
 

@@ -51,7 +51,6 @@ def _masked(
     start,
     rows,
     bits,
-    high,
     WINDOW: tl.constexpr,
     HAS_TREE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -65,7 +64,7 @@ def _masked(
             seen = (bits[:, None] >> place[None, :]) & 1 != 0
         else:
             seen = keys[None, :] <= indices[:, None]
-        scores = tl.where(seen & (keys < high)[None, :], scores, float("-inf"))
+        scores = tl.where(seen, scores, float("-inf"))
     if WINDOW > 0 and not (MASKED and HAS_TREE):
         near = keys[None, :] > positions[:, None] - WINDOW
         scores = tl.where(near, scores, float("-inf"))
@@ -138,7 +137,7 @@ def _attend_keys(
                 k = wide(k, WIDEN)
                 v = wide(v, WIDEN)
             scores = capped(product(queries, k, empty, WIDEN), SCALE, SOFTCAP)
-            scores = _masked(scores, start, rows, bits, high, WINDOW, HAS_TREE, MASKED)
+            scores = _masked(scores, start, rows, bits, WINDOW, HAS_TREE, MASKED)
             weights, shrink, total, top = _softmax(total, top, scores, UNIT, ASSEMBLY)
             weights = narrow(weights, COMPUTE, WIDEN)
             acc = product(weights, v, acc * shrink[:, None], WIDEN)
@@ -163,7 +162,7 @@ def _attend_keys(
             k_parameters = load_parameters(cache, at, mask, SIZE, FORMAT)
             blocks = tile_blocks(table, later + BLOCK_N, high, BLOCK_N, BLOCK_SIZE)
             scores = capped(product(queries, tl.trans(half), empty, WIDEN), SCALE, SOFTCAP)
-            scores = _masked(scores, start, rows, bits, high, WINDOW, HAS_TREE, MASKED)
+            scores = _masked(scores, start, rows, bits, WINDOW, HAS_TREE, MASKED)
             weights, shrink, total, top = _softmax(total, top, scores, UNIT, ASSEMBLY)
             half = dequantize_rows(
                 v, v_upper, v_parameters, COMPUTE, FORMAT, NATIVE, ASSEMBLY, WIDEN

@@ -37,6 +37,13 @@ def chosen(spec: QuantSpec | None, *more: Any, **overrides: str) -> Subject:
     return subject
 
 
+def lowered(toy: Toy) -> Subject:
+    """A toy written with kernels."""
+    subject = program_of(toy)
+    subject.program.dialect = Dialect.LOWERED
+    return subject
+
+
 @pytest.mark.parametrize(
     "spec",
     [QuantSpec("rtn", "int4", 32), QuantSpec("rtn", "int8"), QuantSpec("smoothquant", alpha=0.0)],
@@ -86,7 +93,7 @@ class Sums(Toy):
 
 def test_near_misses_keep_their_sums() -> None:
     check_pass(
-        program_of(Sums()),
+        lowered(Sums()),
         FuseEpilogues(),
         before={"smelt.linear_int8_triton": 3},
         after={"smelt.linear_int8_triton": 3},
@@ -176,7 +183,7 @@ def test_with_a_static_scale_the_linear_quantizes() -> None:
             return self.linear(self.linear(x))
 
     check_pass(
-        program_of(Static()),
+        lowered(Static()),
         FuseQuantizedInputs(),
         before={"smelt.quantize_int8_triton": 2, "smelt.linear_w8a8_triton": 2},
         after={

@@ -15,8 +15,12 @@ import pytest
 import torch
 
 from smelt.runtime.kernels.gpu.attention import paged_attention_triton
+from smelt.runtime.kernels.gpu.launch import INTERPRETED
 from smelt.runtime.ops.attention import _attend_sequences
 from smelt.runtime.ops.cache_format import QUANTIZED, dequantize_rows, quantize_rows
+
+# Kernels run where triton runs them: on a device, and without one in the interpreter.
+DEVICE = "cpu" if INTERPRETED else "cuda"
 
 # Half a unit in the last place of 1.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -111,7 +115,8 @@ class PagedStep:
             first = int(self.starts[b])
             seen = torch.ones(new, new).bool().tril()
             for i in range(1, new if before else 0):
-                parent = int(torch.randint(i, (1,), generator=source))
+                # One of the last three, so that branches become longer than windows.
+                parent = max(0, i - 1 - int(torch.randint(3, (1,), generator=source)))
                 seen[i] = seen[parent]
                 seen[i, i] = True
             tree[first : first + new, :new] = seen
@@ -130,17 +135,19 @@ class PagedStep:
     def kernels(self) -> torch.Tensor:
         """What the operator gives, with poison wherever nothing may be read."""
         case = self.case
+        cache, bounds = self.poisoned.to(DEVICE), (self.starts.to(DEVICE), self.lengths.to(DEVICE))
+        sinks = self.sinks.to(DEVICE) if case.sinks else None
+        tree = self.tree.to(DEVICE) if case.tree else None
         before = self.poisoned.clone()
         with poison():
             out = paged_attention_triton(
-                *(self.q, self.poisoned, self.starts, self.lengths, self.table),
-                *(case.size**-0.5, case.window, case.softcap),
-                *(self.sinks if case.sinks else None, self.tree if case.tree else None),
+                *(self.q.to(DEVICE), cache, *bounds, self.table.to(DEVICE)),
+                *(case.size**-0.5, case.window, case.softcap, sinks, tree),
                 *(case.format, case.kv_heads, case.max_query),
             )
-        assert torch.equal(before.view(torch.uint8), self.poisoned.view(torch.uint8))
+        assert torch.equal(before.view(torch.uint8), cache.cpu().view(torch.uint8))
         assert out.dtype == case.dtype and out.is_contiguous()
-        return out
+        return out.cpu()
 
     def check(self) -> torch.Tensor:
         """The output; raises where it is further from float32's than its roundings explain.

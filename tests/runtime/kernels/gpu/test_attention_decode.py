@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from smelt.runtime.kernels.gpu import attention as kernels
 from smelt.runtime.kernels.gpu.attention_shapes import Shape, pieces, unsupported
+from smelt.runtime.kernels.gpu.launch import INTERPRETED
 from smelt.runtime.kernels.gpu.tuning import Config
 from smelt.runtime.ops.cache_format import quantize_rows, row_bytes
 
@@ -69,6 +70,20 @@ def test_every_format(format: str) -> None:
     PagedStep(replace(case, window=37, softcap=5.0, sinks=True)).check()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_layers_of_real_models(format: str) -> None:
+    long = ((2999, 1), (700, 1), (0, 1), (5000, 4), (129, 16))
+    for shape in ((32, 8, 128, 16), (64, 8, 64, 64), (16, 8, 256, 32), (40, 8, 80, 128)):
+        heads, kv_heads, size, block_size = shape
+        case = Case(long, heads, kv_heads, size, block_size, format, torch.bfloat16, padding=3)
+        PagedStep(replace(case, max_query=16)).check()
+        PagedStep(replace(case, window=1024, softcap=50.0, sinks=True, tree=True)).check()
+
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="by the interpreter's tile sizes")
+
+
 @contextmanager
 def launches() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
     """Names and arguments of the kernels launched meanwhile."""
@@ -100,6 +115,7 @@ def test_a_bound_says_which_kernels_run(tree: bool) -> None:
     assert all(torch.equal(outputs[3], out) for out in outputs.values())
 
 
+@interpreted
 def test_short_sequences_leave_pieces_empty() -> None:
     """How many pieces a sequence has follows from its own length: 32 keys each, here."""
     lengths = (20, 33, 95, 150)
@@ -113,6 +129,7 @@ def test_short_sequences_leave_pieces_empty() -> None:
         assert parts[row, 0, :want].isfinite().all() and parts[row, 0, want:].isnan().all()
 
 
+@interpreted
 def test_a_window_needs_few_pieces() -> None:
     """The pieces of a long sequence are those of its window."""
     case = Case(((400, 1),), heads=1, kv_heads=1, size=16, window=40, max_query=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -54,3 +55,14 @@ def test_every_format(format: str) -> None:
         case = Case(MIXED, heads=2, kv_heads=1, size=40, format=format, dtype=dtype, padding=2)
         PagedStep(case).check()
     PagedStep(replace(case, window=19, softcap=5.0, sinks=True)).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_layers_of_real_models(format: str) -> None:
+    mixed = ((0, 700), (2000, 1), (300, 17), (1000, 513), (90, 4))
+    for shape in ((32, 8, 128, 16), (64, 8, 64, 64), (16, 8, 256, 32), (40, 8, 80, 128)):
+        heads, kv_heads, size, block_size = shape
+        case = Case(mixed, heads, kv_heads, size, block_size, format, torch.bfloat16, padding=99)
+        PagedStep(case).check()
+        PagedStep(replace(case, window=256, softcap=50.0, sinks=True, tree=True)).check()

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from smelt.runtime.kernels.gpu import cache_tiles
+from smelt.runtime.kernels.gpu.launch import INTERPRETED
 from smelt.runtime.ops.cache_format import dequantize_rows, quantize_rows
 
 Words = np.ndarray[tuple[int, ...], np.dtype[np.uint32]]
@@ -138,6 +139,7 @@ def _read(
     tl.store(out + tl.arange(0, 8)[:, None] * 32 + tl.arange(0, 32)[None, :], x)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="reads rows of the CPU")
 @pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
 def test_rows_of_every_kind_are_read(format: str) -> None:
     """Zeros, constants, tiny and huge numbers, NaN, and a row whose scale was rounded up, so that
