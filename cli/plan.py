@@ -53,6 +53,7 @@ def command(
         typer.Option("--bits", help="mixed's budget: bits a weight (4.5).", show_default=False),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code of the model's folder.")
     ] = False,
@@ -76,6 +77,7 @@ def command(
         activations=activations,
         bits=bits,
         dtype=dtype,
+        device=device,
     )
     if as_json:
         import json
@@ -116,20 +118,25 @@ def table(found: MemoryPlan) -> Table:
         cache += f", {found.kv_cache}"
     made.add_row("KV cache", size(found.kv_bytes), cache)
     made.add_row("activations", size(found.activation_bytes), "buffers of the largest step")
+    if found.device == "cuda":
+        made.add_row("CUDA graphs", size(found.graph_bytes), "inputs and logits of captured steps")
     made.add_section()
     made.add_row("total", size(found.total_bytes), "")
     return made
 
 
 def verdict(found: MemoryPlan) -> str:
-    """Whether it fits into this machine."""
+    """Whether it fits into this machine, or its CUDA device."""
+    if found.memory_total_bytes is None or found.memory_available_bytes is None:
+        return "this machine has no CUDA device: compare the total with your card's memory"
+    where = "this machine" if found.device == "cpu" else "this CUDA device"
     free, all_ = size(found.memory_available_bytes), size(found.memory_total_bytes)
     if found.fits:
-        return f"fits: {free} of this machine's {all_} are free"
+        return f"fits: {free} of {where}'s {all_} are free"
     if found.total_bytes <= found.memory_total_bytes:
-        return f"does not fit now: {free} of this machine's {all_} are free; close something"
+        return f"does not fit now: {free} of {where}'s {all_} are free; close something"
     return (
-        f"does not fit: this machine has {all_}; try --quant awq, --kv-cache int8, a smaller "
+        f"does not fit: {where} has {all_}; try --quant awq, --kv-cache int8, a smaller "
         "--ctx or --batch, or a smaller model"
     )
 

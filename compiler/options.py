@@ -71,6 +71,11 @@ class CompileOptions:
                 "is no cache; drop one of them"
             )
         _one_of("--device", self.device, DEVICES)
+        if self.check_numerics and self.device != "cpu":
+            raise UserError(
+                "--check-numerics computes on the host, where no kernel of --device "
+                f"{self.device} runs; check with --device cpu, where the same passes come first"
+            )
         _one_of("--opt", self.opt, OPT_LEVELS)
         _one_of("--backend", self.backend, BACKENDS)
         for name in ("calib_samples", "calib_seqlen", "block_size", "max_tokens"):

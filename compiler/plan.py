@@ -55,9 +55,10 @@ DEFAULT_CONTEXT = 4096
 class MemoryPlan:
     """Bytes, but for ctx (tokens a sequence), batch (sequences) and parameters (a count).
 
-    weights_unquantized_bytes: what the weights would take in the model's dtype. fits: whether the
-    total is below the memory that is free on this machine now. notes: what the numbers leave out or
-    assume. layers: how the linear layers are stored, and what computes them.
+    weights_unquantized_bytes: what the weights would take in the model's dtype. memory_...: of this
+    machine, or of its CUDA device where that was asked for. fits: whether the total is below what
+    is free there now. All three are None where there is no such device. notes: what the numbers
+    leave out or assume. layers: how the linear layers are stored, and what computes them.
     """
 
     model_class: str
@@ -65,6 +66,7 @@ class MemoryPlan:
     dtype: str
     quant: str
     kv_cache: str
+    device: str
     ctx: int
     batch: int
     weights_bytes: int
@@ -74,9 +76,9 @@ class MemoryPlan:
     activation_bytes: int
     graph_bytes: int
     total_bytes: int
-    memory_total_bytes: int
-    memory_available_bytes: int
-    fits: bool
+    memory_total_bytes: int | None
+    memory_available_bytes: int | None
+    fits: bool | None
     notes: tuple[str, ...] = ()
     layers: tuple[LayerKind, ...] = ()
 
@@ -96,9 +98,9 @@ def plan(
     """The memory plan of `model`: a folder, a config.json under any name, or a hub name.
 
     ctx: tokens of each of `batch` sequences; by default 4096 or the model's context. options: those
-    of `CompileOptions` (quant, format, group_size, alpha, activations, kv_cache, dtype). Raises
-    UserError for
-    combinations that do not work, and for a configuration that is no causal language model.
+    of `CompileOptions` (quant, format, group_size, alpha, activations, kv_cache, dtype, device).
+    Raises UserError for combinations that do not work, and for a configuration that is no causal
+    language model.
     """
     settings = CompileOptions(trust_remote_code=trust_remote_code, **options)
     if batch < 1:
@@ -131,7 +133,7 @@ def plan(
     activations = activation_bytes(skeleton, config, dtype, step, batch)
     graphs = graph_bytes(config, dtype, settings, batch) if settings.device == "cuda" else 0
     total = packed + kv_bytes + activations + graphs
-    installed, available = machine.memory()
+    installed, available = _memory(settings.device)
     whole = batch * sum(per_layer) * _held(ctx, 0, settings.block_size)
     if whole > kv_bytes:
         notes.append(
@@ -144,6 +146,7 @@ def plan(
         dtype=str(dtype).removeprefix("torch."),
         quant=label,
         kv_cache=settings.kv_cache,
+        device=settings.device,
         ctx=ctx,
         batch=batch,
         weights_bytes=packed,
@@ -155,7 +158,7 @@ def plan(
         total_bytes=total,
         memory_total_bytes=installed,
         memory_available_bytes=available,
-        fits=total <= available,
+        fits=None if available is None else total <= available,
         notes=tuple(notes),
         layers=tuple(kinds(decided, settings.device)),
     )
@@ -270,6 +273,16 @@ def layer_windows(config: Any) -> list[int]:
     chunk = int(getattr(config, "attention_chunk_size", None) or 0)
     sizes = {"sliding_attention": window, "chunked_attention": chunk}
     return [sizes.get(kind, 0) for kind in kinds]
+
+
+def _memory(device: str) -> tuple[int | None, int | None]:
+    """(installed, free) bytes of the machine, or of its first CUDA device."""
+    if device == "cpu":
+        return machine.memory()
+    if not torch.cuda.is_available():
+        return None, None
+    free, installed = torch.cuda.mem_get_info()
+    return installed, free
 
 
 def _held(ctx: int, window: int, block: int) -> int:

@@ -54,8 +54,8 @@ class Proof:
         step = open_artifact(artifact).program
         values = spec_values(step.spec, self._ids)
         batch = Batch.named(values, step.spec)
-        caches = [values[f"kv_cache_{i}"] for i in range(step.spec.layers)]
-        logits = step.run(batch, caches).float()
+        caches = [values[f"kv_cache_{i}"].to(step.device) for i in range(step.spec.layers)]
+        logits = step.run(batch, caches).float().cpu()
         measured = compare(logits, self._reference)
         wrong = not torch.isfinite(logits).all() or not measured["kl"] < float("inf")
         if wrong or (not quantized and measured["kl"] > WRONG_KL):

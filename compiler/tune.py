@@ -27,7 +27,7 @@ from .manager import PassManager
 from .pipeline import PipelineConfig, pipeline, portable_stages
 from .portable import load_portable
 
-# Tables that an operator's kernels are looked up in; a module of that name proposes entries.
+# Tables that an operator's kernels are looked up in.
 TABLES: dict[str, tuple[str, ...]] = {
     "linear_int4_triton": ("linear_int4",),
     "linear_int8_triton": ("linear_int8",),
@@ -40,6 +40,17 @@ TABLES: dict[str, tuple[str, ...]] = {
     "experts_int4_triton": ("experts_int4",),
     "rope_write_triton": ("kv_write",),
     "paged_attention_triton": ("attention_decode", "attention_prefill"),
+    **{f"quantize_{form}_triton": ("quantize",) for form in ("int8", "fp8")},
+    **{
+        f"{kernel}{form}_triton": (kernel,)
+        for kernel in ("add_rms_norm", "gated_activation")
+        for form in ("", "_int8", "_fp8")
+    },
+}
+# The module of kernels that proposes a table's entries, where it has another name.
+MODULES = {
+    **dict.fromkeys(("attention_decode", "attention_prefill"), "attention"),
+    **dict.fromkeys(("add_rms_norm", "gated_activation"), "quantize"),
 }
 # What a configuration must save before it is kept: less is noise.
 GAIN = 0.03
@@ -119,12 +130,10 @@ def tune(
 def _best(table: str, shape: str, call: _Call, found: int, measure: Measure) -> Tuned:
     from smelt.runtime.kernels.gpu import tuning
 
-    # Both tables of attention are proposed for by the module that launches its kernels.
-    attention = table.startswith("attention")
-    module = importlib.import_module(
-        f"smelt.runtime.kernels.gpu.{'attention' if attention else table}"
-    )
-    candidates = module.candidates(shape, found, *([table] if attention else []))
+    name = MODULES.get(table, table)
+    module = importlib.import_module(f"smelt.runtime.kernels.gpu.{name}")
+    # One of attention's two tables has to be named.
+    candidates = module.candidates(shape, found, *([table] if name == "attention" else []))
     before = measure(call)
     fastest, kept = before, None
     for config in candidates:

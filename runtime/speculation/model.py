@@ -7,13 +7,14 @@ draft together, a token a step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..batch import Batch
+from ..batch import Batch, no_tree
 from ..batch_builder import BatchBuilder
 from ..blocks import PagedMemory
 from ..cuda_graphs import with_graphs
@@ -100,12 +101,11 @@ class ModelDrafter:
                 room = min(room, most)
             if shadow is not None and min(count, room) > 0:
                 asked.append((sequence, shadow, min(count, room)))
-        self._step([(s, d) for s, d, _ in asked])
-        rest = [(s, d, n) for s, d, n in asked if d.drafted and n > 1]
-        plain = all(s.sampler is not None and s.sampler.plain for s, *_ in rest)
-        if rest and plain and self.rope is None:
-            self._chain([(s, d) for s, d, _ in rest], min(n for *_, n in rest) - 1)
+        if asked and self._together([(s, d) for s, d, _ in asked]):
+            self._chain([d for _, d, _ in asked], min(n for *_, n in asked))
         else:
+            self._step([(s, d) for s, d, _ in asked])
+            rest = [(s, d, n) for s, d, n in asked if d.drafted]
             for done in range(1, max((n for *_, n in rest), default=0)):
                 self._step([(s, d) for s, d, n in rest if len(d.drafted) == done < n])
         return [self._proposal(sequence) for sequence in sequences]
@@ -162,46 +162,69 @@ class ModelDrafter:
             chunk.sequence.computed += chunk.count
         self._pick([(s, d) for s, d in active if d.sequence in drafting], logits)
 
-    def _chain(self, active: list[tuple[Sequence, _Shadow]], count: int) -> None:
-        """`count` more tokens for each, all of them the best ones.
+    def _together(self, asked: list[tuple[Sequence, _Shadow]]) -> bool:
+        """Whether one step reads all that is pending, and every token is simply the best one."""
+        plain = all(s.sampler is not None and s.sampler.plain for s, _ in asked)
+        pending = sum(d.sequence.pending for _, d in asked)
+        return self.rope is None and plain and pending <= self.program.layout.max_tokens
+
+    def _chain(self, shadows: list[_Shadow], count: int) -> None:
+        """Read what is pending and draft `count` tokens for each, all of them the best ones.
 
         Each step's tensors follow from those before, and tokens stay on the device: for a small
         draft model, making them anew and reading every token back would take as long as the model.
         """
+        ahead = count - 1
         grown = [
-            (s, d)
-            for s, d in active
-            if d.sequence.tables and self._grow(d, d.sequence.computed + count)
+            d
+            for d in shadows
+            if d.sequence.tables and self._grow(d, len(d.sequence.tokens) + ahead)
         ]
-        grown = [(s, d) for s, d in grown if d.sequence.tables]
+        # Another one's growth may have taken this one's blocks.
+        grown = [d for d in grown if d.sequence.tables]
         if not grown:
             return
-        chunks = [Chunk(d.sequence, d.sequence.computed, 1, 1) for _, d in grown]
-        batch = self.builder.build(chunks, ahead=count - 1)
-        found: list[torch.Tensor] = []
-        for _ in range(count):
-            if found:
-                batch = self._next(batch, found[-1])
-            found.append(_fit(self.program.run(batch, self.caches), self.vocab_size).argmax(-1))
-        for (_, shadow), tokens in zip(grown, torch.stack(found, 1).tolist(), strict=True):
-            shadow.sequence.computed += count
-            shadow.sequence.tokens += tokens
-            shadow.drafted += tokens
+        own = [d.sequence for d in grown]
+        batch = self.builder.build([Chunk(s, s.computed, s.pending, 1) for s in own], ahead)
+        best, found = self._best(batch)
+        tokens = [found]
+        for later in self._following(batch, ahead):
+            tokens.append(self._best(replace(later, input_ids=tokens[-1]))[1])
+        drafts = torch.stack(tokens, 1).tolist()
+        nothing = best.isnan().tolist()  # where the draft's logits are no numbers
+        for shadow, drafted, none in zip(grown, drafts, nothing, strict=True):
+            if none:
+                continue
+            shadow.known = len(shadow.sequence.tokens)
+            shadow.drafted = drafted
+            shadow.sequence.tokens += drafted
+            shadow.sequence.computed = len(shadow.sequence.tokens) - 1
 
-    def _next(self, batch: Batch, tokens: torch.Tensor) -> Batch:
-        """The step after `batch`, which had one token a sequence: `tokens` [B], one further."""
-        positions = batch.position_ids + 1
+    def _best(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(its logit, the best token) behind each row of a step."""
+        logits = _fit(self.program.run(batch, self.caches), self.vocab_size)
+        return logits.max(-1)
+
+    def _following(self, batch: Batch, count: int) -> Iterator[Batch]:
+        """The `count` steps after `batch`, of one token a sequence, which is still to be put in."""
         size = self.program.spec.block_size
-        index, offset = (positions // size)[:, None], positions % size
-        return replace(
-            batch,
-            input_ids=tokens,
-            position_ids=positions,
-            seq_lens=batch.seq_lens + 1,
-            slot_mapping=[
-                table.gather(1, index)[:, 0].long() * size + offset for table in batch.block_tables
-            ],
-        )
+        sequences = len(batch.seq_lens)
+        lengths = batch.seq_lens + torch.arange(1, count + 1, dtype=torch.int32)[:, None]
+        positions = lengths.long() - 1
+        index, offset = (positions // size).T, positions % size
+        slots = [t.gather(1, index).T.long() * size + offset for t in batch.block_tables]
+        one_each = torch.arange(sequences + 1, dtype=torch.int32)
+        for i in range(count):
+            yield replace(
+                batch,
+                position_ids=positions[i],
+                query_start=one_each,
+                seq_lens=lengths[i],
+                slot_mapping=[each[i] for each in slots],
+                logits_rows=one_each[:-1].long(),
+                tree_mask=no_tree(sequences),
+                max_query=1,
+            )
 
     def _pick(self, active: list[tuple[Sequence, _Shadow]], logits: torch.Tensor) -> None:
         """Choose the token behind each row of logits."""

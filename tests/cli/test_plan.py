@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from smelt.cli.app import main
 from smelt.cli.plan import size
@@ -67,6 +68,21 @@ def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, str(folder), "--ctx", "100")
     for word in ("weights", "KV cache", "activations", "total", "fits: "):
         assert word in out
+
+
+def test_the_memory_of_a_gpu(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = run(capsys, str(folder), "--device", "cuda")
+    assert "CUDA graphs" in out and "this machine has no CUDA device" in out
+    found = json.loads(run(capsys, str(folder), "--device", "cuda", "--json"))
+    assert found["fits"] is None and found["graph_bytes"] > 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, said in ((1 << 30, "fits: 1.00 GiB"), (1 << 10, "does not fit now: 1.00 KiB")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2 << 30))
+        out = run(capsys, str(folder), "--device", "cuda")
+        assert f"{said} of this CUDA device's 2.00 GiB are free" in out
 
 
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

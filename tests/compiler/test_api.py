@@ -65,6 +65,11 @@ def test_a_quantized_cache_without_a_cache_is_refused_before_anything_is_read(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numerics_are_not_checked_where_kernels_cannot_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="check with --device cpu"):
+        compile_model("nowhere", tmp_path / "OUT", device="cuda", check_numerics=True)
+
+
 def test_an_artifact_with_a_quantized_cache(tmp_path: Path) -> None:
     """Through the saved step, in pieces and with the numerics of every pass checked."""
     subject = tiny_program("gemma2")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.quantized import module
 
 import smelt
-from smelt.compiler.tune import GAIN, Sizes, tune
+from smelt.compiler.tune import GAIN, MODULES, TABLES, Sizes, tune
 from smelt.runtime.errors import UserError
-from smelt.runtime.kernels.gpu import tuning
+from smelt.runtime.kernels.gpu import operators as _  # noqa: F401 - registers them
+from smelt.runtime.kernels.gpu import quantize, tuning
 
 OPERATORS = ("linear_int4", "cached_attention")
 SIZES = Sizes(many=24, context=32)
@@ -81,6 +84,22 @@ def test_a_damaged_table_says_what_to_do(cache: Path) -> None:
     (cache / "kv_write.json").write_text('{"90": {"any": {"constants": 3}}}')
     with pytest.raises(tuning.TuningError, match=r"no tuning table.*run smelt tune again"):
         tuning.choose("kv_write", ["any"], 90)
+
+
+def test_every_table_of_an_operator_has_a_module_that_proposes_for_it() -> None:
+    """For each shipped shape class of each capability, and rows of features of any number."""
+    for kernel in {kernel for kernels in TABLES.values() for kernel in kernels}:
+        name = MODULES.get(kernel, kernel)
+        module = importlib.import_module(f"smelt.runtime.kernels.gpu.{name}")
+        more = (kernel,) if name == "attention" else ()
+        for found, entries in tuning.tables()[kernel].items():
+            for shape in {*entries} - {"add"}:
+                assert module.candidates(shape, found, *more), (kernel, found, shape)
+    assert quantize.candidates("2048", 90) == quantize.candidates("middle", 90)
+
+
+def test_operators_that_are_tuned_exist() -> None:
+    assert all(hasattr(torch.ops.smelt, operator) for operator in TABLES)
 
 
 def test_a_capability_without_entries_takes_the_nearest_lower_one() -> None:

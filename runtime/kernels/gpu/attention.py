@@ -249,7 +249,10 @@ _PREFILLED = (
     *_DECODED[:5],
     *((Shape(32, 8, 128, 16, "int4"), 0, 0.0), (Shape(16, 8, 256, 32, "int8", "fp16"), 1024, 0.0)),
 )
-_IN_TREES = ((_LLAMA, 0, 0.0), (Shape(16, 8, 256, 32, "int8"), 1024, 0.0))
+_IN_TREES = (
+    *((_LLAMA, 0, 0.0), (Shape(32, 8, 128, 16, "int4"), 0, 0.0)),
+    (Shape(16, 8, 256, 32, "int8"), 1024, 0.0),
+)
 
 
 def variants(found: int) -> Iterator[Variant]:

@@ -126,6 +126,7 @@ def variants(capability: int) -> Iterator[Variant]:
         ("rows-gated", FEW_ROWS, 14336, 4096, 0, gated),
         ("block128", FEW_ROWS, 4096, 4096, 128, plain),
         ("rows", SOME_ROWS, 4096, 4096, 0, plain),
+        ("rows-gated", SOME_ROWS, 14336, 4096, 0, gated),
         ("block128", SOME_ROWS, 4096, 4096, 128, plain),
         ("rows", 0, 4096, 14336, 0, plain),
         ("rows-gated", 0, 14336, 4096, 0, gated),

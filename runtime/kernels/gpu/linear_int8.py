@@ -333,6 +333,7 @@ def variants(capability: int) -> Iterator[Variant]:
     for rows, n, k, group, gate, operand in (
         (FEW_ROWS, 4096, 4096, 0, "", "bf16"),
         (FEW_ROWS, 6144, 4096, 0, "", "fp16"),
+        (FEW_ROWS, 1024, 4096, 0, "", "bf16"),
         (FEW_ROWS, 6144, 4096, 128, "", "bf16"),
         (FEW_ROWS, 14336, 4096, 0, "silu", "bf16"),
         (SOME_ROWS, 4096, 4096, 0, "", "bf16"),
@@ -340,6 +341,7 @@ def variants(capability: int) -> Iterator[Variant]:
         (0, 4096, 14336, 0, "", "bf16"),
         (0, 4096, 14336, 32, "", "fp16"),
         (0, 14336, 4096, 0, "silu", "bf16"),
+        *((rows, 4096, 4096, 0, "", "fp32") for rows in (FEW_ROWS, SOME_ROWS, 0)),
     ):
         layer = _layer(rows, n, k, group, gate, operand)
         label = f"{operand}-g{group}{'-gated' if gate else ''}"

@@ -272,6 +272,7 @@ def norm_variants(capability: int) -> Iterator[Variant]:
     }
     for k, form, group in (
         (128, "same", 0),
+        (2048, "same", 0),
         (4096, "same", 0),
         (16384, "same", 0),
         (4096, "int8", 0),
@@ -287,11 +288,16 @@ def norm_variants(capability: int) -> Iterator[Variant]:
 def gate_variants(capability: int) -> Iterator[Variant]:
     """Of `_gated_activation`."""
     inputs = {"gate": "*bf16", "up": "*bf16", "gate_stride": "i32", "up_stride": "i32"}
-    for form, group in (("same", 0), ("int8", 0), ("e4m3", 0), ("e4m3", 128)):
+    for k, form, group in (
+        (512, "same", 0),
+        (4096, "int8", 0),
+        *((14336, form, 0) for form in ("same", "int8", "e4m3")),
+        (14336, "e4m3", 128),
+    ):
         yield row_variant(
             "gated_activation",
             _gated_activation,
-            14336,
+            k,
             form,
             group,
             capability,

@@ -146,10 +146,13 @@ def row_config(kernel: str, k: int, group: int, whole: bool, found: int) -> Conf
     block = max(triton.next_power_of_2(k), group, LEAST if found else 1)
     if not whole:
         block = min(block, max(PART if found else 32, group))
-    size = "short" if block <= SHORT else "middle" if block <= MIDDLE else "long"
-    config = choose(kernel, [str(block), size], found)
+    config = choose(kernel, [str(block), _length(block)], found)
     constants = {**config.constants, "BLOCK": block}
     return Config(constants, config.num_warps, config.num_stages)
+
+
+def _length(block: int) -> str:
+    return "short" if block <= SHORT else "middle" if block <= MIDDLE else "long"
 
 
 def launch_rows(
@@ -233,11 +236,12 @@ def cost(rows: int, k: int, reads: int, form: str, block: int = 0, itemsize: int
     return Cost(rows * k * (reads * itemsize + written) + scales)
 
 
-def candidates(size: str, capability: int) -> list[Config]:
-    """What `smelt tune` times for rows of a size class: "short", "middle" or "long"."""
-    if size == "short":
+def candidates(shape: str, capability: int) -> list[Config]:
+    """What `smelt tune` times for rows of a class: features, or "short", "middle" or "long"."""
+    length = _length(int(shape)) if shape.isdecimal() else shape
+    if length == "short":
         return [Config({"ROWS": r}, w, 1) for r in (4, 8, 16) for w in (2, 4)]
-    rows = (1, 2) if size == "middle" else (1,)
+    rows = (1, 2) if length == "middle" else (1,)
     return [Config({"ROWS": r}, w, 1) for r in rows for w in (4, 8, 16)]
 
 
@@ -283,6 +287,7 @@ def row_variant(
 def variants(capability: int) -> Iterator[Variant]:
     """What `make kernels` compiles."""
     for k, form, group in (
+        (512, "int8", 0),
         (4096, "int8", 0),
         (14336, "int8", 0),
         (4096, "e4m3", 0),

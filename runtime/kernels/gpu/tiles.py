@@ -8,11 +8,11 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, acc, WIDEN: tl.constexpr):
-    """a [M, K] times b [K, N] onto acc, float32. WIDEN: see launch.py."""
+    """a [M, K] times b [K, N] onto acc, float32, whose products are exact. WIDEN: see launch.py."""
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, out_dtype=tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float32)
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def activate(x, KIND: tl.constexpr):
     if KIND == "silu":
         return x * tl.sigmoid(x)
     if KIND == "relu":
-        return tl.maximum(x, 0.0)
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if KIND == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     # tanh(u) = 2 sigmoid(2u) - 1

@@ -174,7 +174,8 @@ def layer_variant(
         {**layer.after(bias, residual), "WIDEN": False},
         config,
         frozenset(signature) - {"M"},
-        tensor_cores=True,
+        # Products of float32 are exact to it, which tensor cores are not.
+        tensor_cores=layer.operand != "fp32",
     )
 
 
