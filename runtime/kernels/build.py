@@ -37,12 +37,14 @@ AVX512_FLAGS = (
     *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
 )
 VNNI_FLAGS = (*AVX512_FLAGS, "-DSMELT_AVX512_VNNI", "-mavx512vnni")
+BF16_FLAGS = (*VNNI_FLAGS, "-DSMELT_AVX512_BF16", "-mavx512bf16")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": AVX2_FLAGS,
     "avx512": AVX512_FLAGS,
     "avx512_vnni": VNNI_FLAGS,
-    "avx512_bf16": (*VNNI_FLAGS, "-DSMELT_AVX512_BF16", "-mavx512bf16"),
+    "avx512_bf16": BF16_FLAGS,
+    "amx_bf16": (*BF16_FLAGS, "-DSMELT_AMX", "-mamx-tile", "-mamx-bf16"),
 }
 
 

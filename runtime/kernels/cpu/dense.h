@@ -121,9 +121,28 @@ void dense_rows(const Dense& d, int64_t first, int64_t last) {
   }
 }
 
-int64_t dense_scratch(const Dense& d) { return d.m * round_up(d.k, kStep) * (int64_t)sizeof(float); }
+#include "dense_amx.h"
+
+int64_t dense_most(const Dense& d) {
+#if defined(SMELT_AMX)
+  if (amx_takes(d)) return 128;
+#endif
+  // torch's product takes some 30 us to set up: as long as ours does for so many multiplications.
+  constexpr int64_t kSmall = 3 << 19;
+  return larger(8, kSmall / larger(1, d.n * d.k));
+}
+
+int64_t dense_scratch(const Dense& d) {
+#if defined(SMELT_AMX)
+  if (amx_takes(d)) return amx_scratch(d);
+#endif
+  return d.m * round_up(d.k, kStep) * (int64_t)sizeof(float);
+}
 
 void dense_prepare(const Dense& d, int64_t first, int64_t last) {
+#if defined(SMELT_AMX)
+  if (amx_takes(d)) return amx_prepare(d, first, last);
+#endif
   with_type(d.type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using X = typename Product<T>::X;
@@ -133,6 +152,9 @@ void dense_prepare(const Dense& d, int64_t first, int64_t last) {
 }
 
 void dense(const Dense& d, int64_t first, int64_t last) {
+#if defined(SMELT_AMX)
+  if (amx_takes(d)) return amx_dense(d, first, last);
+#endif
   with_type(d.type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     dense_rows<T>(d, first, last);

@@ -3,6 +3,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(SMELT_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace smelt {
@@ -17,11 +23,27 @@ SMELT_SET(avx2)
 SMELT_SET(avx512)
 SMELT_SET(avx512_vnni)
 SMELT_SET(avx512_bf16)
+SMELT_SET(amx_bf16)
 #endif
 
 namespace {
 
-constexpr int kMost = 5;
+constexpr int kMost = 6;
+
+// Whether there are tiles with products of bfloat16, and the system lets this process use them.
+bool may_use_amx() {
+#if defined(SMELT_X86) && defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile))
+    return false;
+  constexpr long kAskPermission = 0x1023, kTileData = 18;  // Linux, Documentation/arch/x86/xstate.rst
+  static const bool allowed = syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
 
 // From the plainest to the best; returns how many this machine runs.
 int available(const Kernels** to) {
@@ -38,7 +60,9 @@ int available(const Kernels** to) {
   if (five) to[n++] = &avx512::table;
   const bool vnni = five && __builtin_cpu_supports("avx512vnni");
   if (vnni) to[n++] = &avx512_vnni::table;
-  if (vnni && __builtin_cpu_supports("avx512bf16")) to[n++] = &avx512_bf16::table;
+  const bool half = vnni && __builtin_cpu_supports("avx512bf16");
+  if (half) to[n++] = &avx512_bf16::table;
+  if (half && may_use_amx()) to[n++] = &amx_bf16::table;
 #endif
   return n;
 }

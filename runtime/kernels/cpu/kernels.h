@@ -109,6 +109,8 @@ constexpr int64_t kTileRows = 64;    // rows (token x head) a tile aims at
 
 struct Kernels {
   const char* name;
+  // Rows of x up to which dense() is no slower than torch's product.
+  int64_t (*dense_most)(const Dense&);
   int64_t (*dense_scratch)(const Dense&);
   void (*dense_prepare)(const Dense&, int64_t first_row, int64_t last_row);
   void (*dense)(const Dense&, int64_t first_row, int64_t last_row);

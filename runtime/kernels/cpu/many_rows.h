@@ -26,7 +26,8 @@ inline int64_t many_rows(const Fp8&) { return 96; }
 template <class Q>
 int64_t many_rows(const Kernels& run, const Q& q) {
   // Elsewhere torch has no faster product of bfloat16 than ours.
-  const bool direct = q.type == Type::BF16 && std::string_view(run.name) == "avx512_bf16";
+  const std::string_view set = run.name;
+  const bool direct = q.type == Type::BF16 && (set == "avx512_bf16" || set == "amx_bf16");
   return direct ? many_rows(q) : INT64_MAX;
 }
 

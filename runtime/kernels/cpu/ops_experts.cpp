@@ -84,6 +84,7 @@ Dense of_expert(Dense d, int64_t e) {
   return d;
 }
 int64_t units(const Dense& d) { return d.n; }
+int64_t step(const Dense&) { return kLanes; }  // units that tasks are multiples of
 int64_t unit_bytes(const Dense& d) { return d.k * bytes_of(d.type); }
 int64_t scratch(const Kernels& run, const Dense& d) { return run.dense_scratch(d); }
 void prepare(const Kernels& run, const Dense& d, int64_t row) { run.dense_prepare(d, row, row + 1); }
@@ -92,6 +93,7 @@ void multiply(const Kernels& run, const Dense& d, int64_t first, int64_t last) {
 }
 
 int64_t units(const Quantized& q) { return blocks_of(q.n); }
+int64_t step(const Quantized&) { return 4; }
 int64_t unit_bytes(const Quantized& q) {
   return words_of(q.bits, q.k) * kLanes * (q.bits < 8 ? 4 : 1);
 }
@@ -117,6 +119,7 @@ Fp8 of_expert(Fp8 q, int64_t e) {
   return q;
 }
 int64_t units(const Fp8& q) { return blocks_of(q.n); }
+int64_t step(const Fp8&) { return 4; }
 // Widening e4m3 costs more than reading it.
 int64_t unit_bytes(const Fp8& q) { return q.k * kLanes * 4; }
 int64_t scratch(const Kernels& run, const Fp8& q) { return run.fp8_scratch(q); }
@@ -171,13 +174,14 @@ void multiply_all(const Kernels& run, const Q& all, const Routing& routing, void
   struct Task {
     int64_t part, first, last;
   };
-  constexpr int64_t kStep = 4, kPiece = 1 << 16;
+  constexpr int64_t kPiece = 1 << 16;
   std::vector<Task> tasks;
   int64_t work = 0;
   for (int64_t part = 0; part < (int64_t)parts.size(); part++) {
     const Q& q = parts[part];
     const int64_t cost = unit_bytes(q) * ((q.m + 3) / 4), n = units(q);
-    const int64_t each = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, cost * kStep)) * kStep;
+    const int64_t least = step(q);
+    const int64_t each = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, cost * least)) * least;
     for (int64_t first = 0; first < n; first += each)
       tasks.push_back({part, first, std::min(n, first + each)});
     work += cost * n;

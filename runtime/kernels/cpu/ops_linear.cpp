@@ -21,10 +21,6 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Rows of x up to which our kernels are faster than torch's matrix product.
-constexpr int64_t kFewRows = 8;
-// Multiplications up to which they are for more rows as well: torch's product takes 30 us to set up.
-constexpr int64_t kSmallProduct = 3 << 19;
 // Rows of x at a time: they stay in a core's cache while the weight goes by.
 constexpr int64_t kRowsAtOnce = 64;
 // Bytes of dequantized weight at a time, for many rows.
@@ -52,19 +48,21 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   const bool ours = type && x.dim() >= 1 && weight.dim() == 2 && weight.is_contiguous() &&
                     weight.scalar_type() == x.scalar_type() && weight.size(1) > 0 &&
                     x.size(-1) == weight.size(1);
-  const int64_t m = ours ? rows_of(x, weight.size(1)) : 0;
-  const int64_t n = ours ? weight.size(0) : 0, k = ours ? weight.size(1) : 0;
-  if (m == 0 || (m > kFewRows && m * n * k > kSmallProduct)) return at::linear(x, weight, bias);
+  if (!ours || x.numel() == 0) return at::linear(x, weight, bias);
   const Kernels& run = kernels();
+  const int64_t n = weight.size(0), k = weight.size(1), m = rows_of(x, k);
+  Dense d{*type, weight.const_data_ptr(), nullptr, nullptr, nullptr, nullptr, m, n, k};
+  if (m > run.dense_most(d)) return at::linear(x, weight, bias);
   const Tensor rows = x.contiguous();
   Tensor keep, out = output_of(x, n);
-  Dense d{*type, weight.const_data_ptr(), bias_data(bias, x, n, keep), rows.const_data_ptr(),
-          nullptr, out.mutable_data_ptr(), m, n, k};
+  d.bias = bias_data(bias, x, n, keep);
+  d.x = rows.const_data_ptr();
+  d.out = out.mutable_data_ptr();
   d.packed_x = thread_buffer<0>(run.dense_scratch(d));
   run.dense_prepare(d, 0, m);
   // A piece's cost grows with the rows that share it.
   const int64_t cost = k * weight.element_size() * ((m + 3) / 4);
-  for_pieces(n, 4, cost, [&](int64_t first, int64_t last) { run.dense(d, first, last); });
+  for_pieces(n, kLanes, cost, [&](int64_t first, int64_t last) { run.dense(d, first, last); });
   return out;
 }
 

@@ -50,7 +50,7 @@ namespace {
 
 extern const Kernels table;
 const Kernels table = {
-    SMELT_TEXT(SMELT_ISA), dense_scratch,    dense_prepare,   dense,
+    SMELT_TEXT(SMELT_ISA), dense_most,       dense_scratch,   dense_prepare,  dense,
     quantized_scratch,     quantized_prepare, quantized_rows, quantized, dequantize,
     w8a8_scratch,          w8a8_prepare,      w8a8,
     fp8_scratch,           fp8_prepare,       fp8,             fp8_dequantize,
