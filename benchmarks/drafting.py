@@ -22,6 +22,7 @@ import torch
 import smelt
 from smelt.models.demo.acceptance import measure
 from smelt.runtime import machine
+from smelt.runtime.kernels import build
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "models" / "demo"
@@ -64,6 +65,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
     record = {
         "rows": rows,
+        "isa": build.active_isa(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "processor": f"{machine.cpu_model()} ({platform.machine()})",

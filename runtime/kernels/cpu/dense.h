@@ -125,7 +125,7 @@ void dense_rows(const Dense& d, int64_t first, int64_t last) {
 
 int64_t dense_most(const Dense& d) {
 #if defined(SMELT_AMX)
-  if (amx_takes(d)) return 128;
+  if (amx_takes(d)) return 64;
 #endif
   // torch's product takes some 30 us to set up: as long as ours does for so many multiplications.
   constexpr int64_t kSmall = 3 << 19;

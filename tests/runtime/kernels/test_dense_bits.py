@@ -12,11 +12,11 @@ def test_a_row_does_not_depend_on_the_others(
     isa: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     n, k = shape
-    weight, bias, x = (torch.randn(*s).to(dtype) for s in ((n, k), (n,), (70, k)))
+    weight, bias, x = (torch.randn(*s).to(dtype) for s in ((n, k), (n,), (64, k)))
     x[50] = torch.inf  # reaches its own row alone
     alone = torch.cat([torch.ops.smelt.linear(row[None], weight, bias) for row in x])
     tiles = isa == "amx_bf16" and dtype is torch.bfloat16 and k % 32 == 0
-    for rows in (2, 5, 8, 16, 17, 33, 48, 70):
+    for rows in (2, 5, 8, 16, 17, 33, 48, 64):
         together = torch.ops.smelt.linear(x[:rows], weight, bias).nan_to_num()
         want = alone[:rows].nan_to_num()
         assert torch.allclose(together.float(), want.float(), rtol=2e-2, atol=1e-1)
