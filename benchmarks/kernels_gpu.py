@@ -7,11 +7,16 @@ Writes benchmarks/results/kernels.json: for each kernel, entry and compute capab
 spills, shared memory against the chip's limit, tensor-core instructions, and whether it loads 16
 bytes at once. Exits with 1 if a hot kernel spills, shared memory is over-full, an instruction that
 is meant to be there is not, or an entry of a table is compiled by nothing.
+
+A row that is there already stands, as long as the kernel's source, what it is compiled with and
+Triton's version are those it was made from; `--anew` compiles all of them (half an hour on two
+cores).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -51,6 +56,25 @@ def variants(module: str, capability: int) -> Iterator[Any]:
     yield from found.variants(capability)
 
 
+def key(variant: Any, capability: int) -> str:
+    """Of all that the result of compiling follows from."""
+    import triton
+
+    facts = (
+        *(variant.name, variant.kernel.cache_key, sorted(variant.signature.items())),
+        *(sorted(variant.constants.items()), variant.config.to_json(), sorted(variant.aligned)),
+        *(variant.hot, variant.tensor_cores, variant.wide_loads, capability, triton.__version__),
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """Rows of the result file by their keys."""
+    if not OUT.is_file():
+        return {}
+    return {row["key"]: row for row in json.loads(OUT.read_text())["rows"] if "key" in row}
+
+
 def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
     """Row of the result for variant number `index` of (module, capability, index)."""
     from smelt.runtime.kernels.gpu.ahead import compile_for, complaint
@@ -61,9 +85,9 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
         "kernel": module,
         "variant": variant.name,
         "capability": capability,
+        "key": key(variant, capability),
         **variant.config.to_json(),
     }
-    began = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -72,7 +96,6 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
         lines = str(error).strip().splitlines() or ["?"]
         return {**row, "complaint": f"does not compile: {type(error).__name__}: {lines[0]}"}
     row |= asdict(usage) | {"matrix": list(usage.matrix), "hot": variant.hot}
-    row["seconds"] = round(time.perf_counter() - began, 2)
     return {**row, "complaint": complaint(variant, usage, capability)}
 
 
@@ -96,20 +119,24 @@ def main() -> int:
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
     parser.add_argument("--only", action="append", choices=MODULES)
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--anew", action="store_true", help="compile what is recorded as well")
     parser.add_argument("--out", type=Path, help=f"default: {OUT.relative_to(ROOT)}, if all are")
     given = parser.parse_args()
     capabilities = given.capability or list(CAPABILITIES)
     modules = given.only or list(MODULES)
-    jobs = [
-        (module, capability, i)
+    before = {} if given.anew else recorded()
+    wanted = {
+        (module, capability, i): key(variant, capability)
         for module in modules
         for capability in capabilities
-        for i, _ in enumerate(variants(module, capability))
-    ]
+        for i, variant in enumerate(variants(module, capability))
+    }
+    jobs = [job for job, found in wanted.items() if found not in before]
     # Spawned: a fork would take the parent's threads and locks along.
     context = get_context("spawn")
     with ProcessPoolExecutor(given.processes, mp_context=context) as pool:
-        rows = list(pool.map(compile_one, jobs, chunksize=4))
+        made = dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
+    rows = [made[job] if job in made else before[found] for job, found in wanted.items()]
     complaints = [
         f"{row['kernel']} {row['variant']} sm_{row['capability']}: {row['complaint']}"
         for row in rows
@@ -123,7 +150,7 @@ def main() -> int:
         write(given.out, rows)
     for line in complaints:
         print(line, file=sys.stderr)
-    print(f"{len(rows)} kernels compiled, {len(complaints)} complaints")
+    print(f"{len(rows)} kernels, {len(jobs)} compiled now, {len(complaints)} complaints")
     return 1 if complaints else 0
 
 
@@ -131,13 +158,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     import torch
     import triton
 
-    record = {
-        "rows": [{k: v for k, v in row.items() if k != "seconds"} for row in rows],
+    facts = {
         "triton": triton.__version__,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f'{json.dumps(facts)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -174,7 +174,9 @@ def layer_variant(
         {**layer.after(bias, residual), "WIDEN": False},
         config,
         frozenset(signature) - {"M"},
-        # Products of float32 are exact to it, which tensor cores are not.
+        # Activations of float32 are there to compare with: their products are exact, which those
+        # of tensor cores are not, and may be slow.
+        hot=layer.operand != "fp32",
         tensor_cores=layer.operand != "fp32",
     )
 
