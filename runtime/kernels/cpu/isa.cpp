@@ -45,6 +45,23 @@ bool may_use_amx() {
 #endif
 }
 
+#if defined(SMELT_X86)
+// AMX multiplies by bfloat16 weights; all else is as without it.
+const Kernels& with_amx() {
+  static const Kernels made = [] {
+    const Kernels& tiles = amx_bf16::table;
+    Kernels all = avx512_bf16::table;
+    all.name = tiles.name;
+    all.dense_most = tiles.dense_most;
+    all.dense_scratch = tiles.dense_scratch;
+    all.dense_prepare = tiles.dense_prepare;
+    all.dense = tiles.dense;
+    return all;
+  }();
+  return made;
+}
+#endif
+
 // From the plainest to the best; returns how many this machine runs.
 int available(const Kernels** to) {
   int n = 0;
@@ -62,7 +79,7 @@ int available(const Kernels** to) {
   if (vnni) to[n++] = &avx512_vnni::table;
   const bool half = vnni && __builtin_cpu_supports("avx512bf16");
   if (half) to[n++] = &avx512_bf16::table;
-  if (half && may_use_amx()) to[n++] = &amx_bf16::table;
+  if (half && may_use_amx()) to[n++] = &with_amx();
 #endif
   return n;
 }

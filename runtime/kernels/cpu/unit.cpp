@@ -35,6 +35,7 @@ namespace {
 // Order matters: each uses what stands before it.
 #include "convert.h"
 #include "dense.h"
+#if !defined(SMELT_AMX)
 #include "weights.h"
 #include "quantized.h"
 #include "cache_rows.h"
@@ -42,6 +43,7 @@ namespace {
 #include "fp8.h"
 #include "experts.h"
 #include "attention.h"
+#endif
 
 }  // namespace
 
@@ -49,6 +51,10 @@ namespace {
 #define SMELT_TEXT(x) SMELT_TEXT_(x)
 
 extern const Kernels table;
+#if defined(SMELT_AMX)
+// The set before this one has the others (isa.cpp).
+const Kernels table = {SMELT_TEXT(SMELT_ISA), dense_most, dense_scratch, dense_prepare, dense};
+#else
 const Kernels table = {
     SMELT_TEXT(SMELT_ISA), dense_most,       dense_scratch,   dense_prepare,  dense,
     quantized_scratch,     quantized_prepare, quantized_rows, quantized, dequantize,
@@ -58,6 +64,7 @@ const Kernels table = {
     attention_scratch,     attention_state,   attention_chunk, attention_merge,
     attention_finish,      convert,           quantize,
 };
+#endif
 
 }  // namespace SMELT_ISA
 }  // namespace smelt

@@ -20,9 +20,7 @@ assert k.key(variant, 90) == first and k.key(variant, 80) != first
 other = replace(variant, config=Config(variant.config.constants, num_warps=16))
 assert k.key(other, 90) != first
 assert k.key(replace(variant, hot=not variant.hot), 90) != first
-rows = k.recorded()
-listed = {k.key(v, c) for m in k.MODULES for c in k.CAPABILITIES for v in k.variants(m, c)}
-print(len(listed & set(rows)), len(listed), len(rows))
+assert len(k.recorded()) > 700
 row = k.compile_one(("routing", 90, 0))
 assert row["key"] == first and row["complaint"] is None and row["registers"] > 0, row
 """
@@ -38,4 +36,3 @@ def test_a_row_stands_until_what_it_was_made_from_changes() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[2]) > 700
