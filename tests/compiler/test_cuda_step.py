@@ -14,7 +14,11 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
-    ("format_", "bounds"), [("none", "few"), ("int4", "few"), ("w8a8", "step")]
+    ("format_", "bounds"),
+    [
+        pytest.param("none", "few", marks=pytest.mark.slow),
+        *(("int4", "few"), ("w8a8", "step")),
+    ],
 )
 def test_no_cache_and_no_weight_is_copied(format_: str, bounds: str) -> None:
     """Kernels that change their arguments are functionalized and put back in place: where that

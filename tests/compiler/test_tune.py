@@ -30,6 +30,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuning.forget()
 
 
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of what a module proposes: in the interpreter each run takes long."""
+    for name in {MODULES.get(kernel, kernel) for kernels in TABLES.values() for kernel in kernels}:
+        module = importlib.import_module(f"smelt.runtime.kernels.gpu.{name}")
+        all_ = module.candidates
+        monkeypatch.setattr(
+            *(module, "candidates"), lambda *args, all_=all_, **named: all_(*args, **named)[:2]
+        )
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tuned") / "out"

@@ -33,7 +33,8 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "kv_cache"), [("int4", "auto"), ("w8a8", "int8"), ("fp8", "auto")]
+    ("name", "kv_cache"),
+    [("int4", "auto"), ("w8a8", "int8"), pytest.param("fp8", "auto", marks=pytest.mark.slow)],
 )
 def test_an_artifact_of_triton_kernels_computes_what_the_reference_does(
     name: str, kv_cache: str, tmp_path: Path

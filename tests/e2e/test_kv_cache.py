@@ -127,6 +127,7 @@ def test_a_chat_keeps_its_cache_and_goes_on_after_a_save(both: Path, tmp_path: P
     assert "4 messages read" in again.stdout and "c-a-t" in again.stdout
 
 
+@pytest.mark.slow
 def test_another_processor_rebuilds_it(both: Path) -> None:
     arguments = ("generate", both, "Good morning", "-n", "8", "--json")
     before = json.loads(smelt(*arguments).stdout)["outputs"][0]["token_ids"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,9 +91,7 @@ def test_beams_are_those_of_transformers(fp32: Path) -> None:
                 assert ours.token_ids == best, (question, width)
 
 
-def test_a_smaller_artifact_drafts_and_changes_no_token(fp32: Path, tmp_path: Path) -> None:
-    draft = tmp_path / "draft"
-    smelt("compile", f"{DEMO}-draft", "-o", draft, "--dtype", "fp32", "--backend", "eager")
+def test_a_smaller_artifact_drafts_and_changes_no_token(fp32: Path, draft: Path) -> None:
     plain = smelt("generate", fp32, *QUESTIONS, "-n", "20", "--json").stdout
     drafted = smelt(
         *("generate", fp32, *QUESTIONS, "-n", "20", "--json"),
@@ -106,9 +105,10 @@ def test_a_smaller_artifact_drafts_and_changes_no_token(fp32: Path, tmp_path: Pa
     assert found["accepted_length"] > 1.5
 
 
-def test_a_draft_with_another_vocabulary_is_refused(fp32: Path, tmp_path: Path) -> None:
-    other = tmp_path / "draft"
-    smelt("compile", f"{DEMO}-draft", "-o", other, "--backend", "eager")
+def test_a_draft_with_another_vocabulary_is_refused(
+    fp32: Path, draft: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(draft, tmp_path / "draft"))
     path = other / "tokenizer.json"
     text = path.read_text()
     path.write_text(text.replace("<|system|>", "<|sistem|>"))

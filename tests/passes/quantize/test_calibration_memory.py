@@ -54,7 +54,10 @@ def measured(
     return memory.peak, plan
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=slow), torch.bfloat16])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_plan_is_within_15_percent(name: str, dtype: torch.dtype) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 768}
@@ -64,7 +67,7 @@ def test_the_plan_is_within_15_percent(name: str, dtype: torch.dtype) -> None:
         assert plan.bytes == pytest.approx(found, rel=0.15), (name, len(samples))
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq"])
+@pytest.mark.parametrize("name", ["awq", pytest.param("gptq", marks=slow)])
 def test_experts_are_planned_one_by_one(name: str) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_local_experts": 8}
     for samples in (random_ids(2, 100), random_ids(30, 100)):

@@ -133,7 +133,7 @@ class Case:
 DTYPES = st.sampled_from(sorted(ROUNDING, key=str))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     tokens=st.integers(0, 21),
     experts=st.sampled_from([1, 3, 8]),
@@ -166,7 +166,7 @@ def test_experts(
     case.dense(kind, tokens if bounded else 0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     tokens=st.integers(0, 21),
     experts=st.sampled_from([1, 3, 6]),

@@ -126,7 +126,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(cases())
 def test_every_kernel_gives_the_reference(case: Case) -> None:
     Linear(case).check()
@@ -193,7 +193,7 @@ def test_refusals() -> None:
         linear_int4(linear.x.double(), *weights, None, None, "", 128, 16)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 300), st.sampled_from([32, 64, 128, 192 * 2, 0]))
 def test_layout_is_inverted(n: int, k: int, group: int) -> None:
     k = max(group, k - k % group) if group else k

@@ -113,7 +113,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(cases())
 def test_every_kernel_gives_the_reference(case: Case) -> None:
     Linear(case).check()
