@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from smelt.compiler import lower, portable
-from smelt.compiler.api import _bytes_per_token
+from smelt.compiler.api import bytes_per_token
 from smelt.compiler.artifact import describe_target
 from smelt.compiler.manager import PassManager
 from smelt.compiler.pipeline import PipelineConfig, pipeline
@@ -139,15 +139,9 @@ def make(job: Job, base: Path, device: str, lines: Lines) -> None:
     seconds = {"trace and passes": time.perf_counter() - began}
     steps: list[dict[str, Any]] = []
     if _packaged(job):
-        module, constants = lower.step_module(program)
-        for name, (rows, query) in lower.BOUNDS.items():
-            if not lower.bound_step(module, rows, query) and rows:
-                continue
-            at = time.perf_counter()
-            exported = lower.export_step(module, program.caches, program.target)
-            lower.compile_package(exported, graphs / f"{name}.pt2", folder / "compile.log")
-            seconds[name] = time.perf_counter() - at
-            steps.append({"file": f"graphs/{name}.pt2", "max_tokens": rows, "max_query": query})
+        at = time.perf_counter()
+        steps, constants = lower.compile_steps(program, folder)
+        seconds["packages"] = time.perf_counter() - at
     else:
         exported, constants = portable.export_with_inputs(program, device)
         portable.save(exported, graphs / "step.pt2")
@@ -211,7 +205,7 @@ def _write(
         passes=[],
         providers=[],
         memory={
-            "weight_bytes_per_token": _bytes_per_token(program),
+            "weight_bytes_per_token": bytes_per_token(program),
             "kv_bytes_per_token": program.caches.bytes_per_token(),
             "weights_bytes": sum(plan.specs[name].nbytes for name in names),
         },

@@ -251,7 +251,7 @@ def _manifest(
         memory={
             "weights_bytes": weight_bytes,
             "kv_bytes_per_token": program.caches.bytes_per_token(),
-            "weight_bytes_per_token": _bytes_per_token(program),
+            "weight_bytes_per_token": bytes_per_token(program),
         },
         build={
             "smelt": __version__,
@@ -270,7 +270,7 @@ def layout_steps(program: Program) -> list[dict[str, Any]]:
     return [s.to_json() for s in program.weights.steps if s.op in INVERSES]
 
 
-def _bytes_per_token(program: Program) -> int:
+def bytes_per_token(program: Program) -> int:
     """Bytes of weights one decode step reads: all but an embedding table used only for lookup."""
     total = 0
     for node in program.placeholders():
@@ -309,20 +309,10 @@ def _lower(
     graphs.mkdir()
     report("compile", 0, 1)
     if backend == "aoti":
-        module, constants = lower.step_module(program)
-        manifest.steps = []
-        for name, (rows, query) in lower.BOUNDS.items():
-            if not lower.bound_step(module, rows, query) and rows:
-                continue  # no kernel asks: the one step serves all sizes
-            exported = lower.export_step(module, program.caches, program.target)
-            lower.compile_package(exported, graphs / f"{name}.pt2", folder / "compile.log")
-            entry = {"file": f"graphs/{name}.pt2", "max_tokens": rows, "max_query": query}
-            manifest.steps.append(entry)
-        (folder / "compile.log").unlink(missing_ok=True)
+        manifest.steps, manifest.constants = lower.compile_steps(program, folder)
     else:
-        exported, constants = portable.export_with_inputs(program, program.target)
+        exported, manifest.constants = portable.export_with_inputs(program, program.target)
         portable.save(exported, graphs / "step.pt2")
-    manifest.constants = constants
     if program.target == "cpu" and any(p["provider"] == "cpu" for p in manifest.providers):
         from smelt.runtime.kernels import build as kernels
 

@@ -185,6 +185,25 @@ def compile_package(exported: ExportedProgram, path: Path, log: Path) -> None:
         ) from error
 
 
+def compile_steps(program: Program, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Write a package for each of BOUNDS that a kernel asks about into folder/graphs.
+
+    Returns (the manifest's `steps`, which constant each input is). Raises LowerError; the
+    compiler's output is then in folder/compile.log.
+    """
+    assert program.caches is not None
+    module, constants = step_module(program)
+    log, steps = folder / "compile.log", []
+    for name, (rows, query) in BOUNDS.items():
+        if not bound_step(module, rows, query) and rows:
+            continue  # no kernel asks: the one step serves all sizes
+        file = f"graphs/{name}.pt2"
+        compile_package(export_step(module, program.caches, program.target), folder / file, log)
+        steps.append({"file": file, "max_tokens": rows, "max_query": query})
+    log.unlink(missing_ok=True)
+    return steps, constants
+
+
 @contextmanager
 def _quiet(log: Path) -> Iterator[None]:
     """Native output of compilers to a file: it would tear the progress display."""

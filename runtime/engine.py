@@ -22,6 +22,7 @@ from .cuda_graphs import GraphedProgram, with_graphs
 from .detokenizer import Decoder
 from .engine_options import DETERMINISTIC_TOKENS, EngineOptions, StepProgram
 from .errors import SmeltError, UserError
+from .filters import warm_up
 from .kv_cache import allocate_cache, cache_blocks
 from .logprobs import keep_prompt_logprobs
 from .metrics import Metrics
@@ -74,6 +75,7 @@ class Engine:
         windows = [group.window for group in spec.groups]
         self.memory = PagedMemory(blocks, spec.block_size, windows)
         self.caches = allocate_cache(spec, blocks, program.device)
+        warm_up(program.vocab_size, program.device)
         tokens = min(layout.max_tokens, chosen.max_tokens)
         padded = 0
         if chosen.deterministic:

@@ -45,6 +45,14 @@ def _most_likely(scores: torch.Tensor, top_k: list[int], top_p: list[float]) -> 
     return _top_p(scores, top_p) if limited else scores
 
 
+def warm_up(vocab_size: int, device: torch.device) -> None:
+    """Compile what filters rows on a CUDA device, so that no request waits for it."""
+    scores = torch.zeros(1, vocab_size, device=device)
+    kernel = _kernel(scores)
+    if kernel is not None:
+        kernel(scores, [1], [0.5])
+
+
 def _kernel(
     scores: torch.Tensor,
 ) -> Callable[[torch.Tensor, list[int], list[float]], torch.Tensor] | None:

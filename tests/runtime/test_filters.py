@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.fake_step import one_thread  # noqa: F401  (autouse fixture)
+from helpers.fake_step import FakeStep, one_thread  # noqa: F401  (an autouse fixture)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
 )
 
 from smelt.runtime import filters
+from smelt.runtime.engine import Engine
 from smelt.runtime.filters import draw, probabilities
 from smelt.runtime.sampling_params import SamplingParams
 
@@ -133,3 +134,18 @@ def test_draw_never_takes_an_impossible_token(uniform: float) -> None:
     probs = torch.zeros(1, 1000)
     probs[0, 1:-1] = torch.rand(998)
     assert 1 <= draw(probs, [uniform])[0] <= 998
+
+
+def test_an_engine_compiles_its_filter_before_requests_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes = []
+
+    def kernel(scores: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:
+        shapes.append(tuple(scores.shape))
+        return scores
+
+    monkeypatch.setattr(filters, "_kernel", lambda scores: kernel)
+    step = FakeStep()
+    Engine(step, blocks=8)
+    assert shapes == [(1, step.vocab_size)]

@@ -2,9 +2,8 @@
 
 Weights are the first operand, [BLOCK_N outputs, 128 inputs] a step, and lie as the tensor cores
 take it (int4_layout.py): each element of 16 bits becomes an element of four matrices [BLOCK_N, 32],
-which meet four slices of x. A value q is put into the lowest bits of a float that stand for q above
-an offset, 128 in bfloat16 and 1024 in float16, two elements a register (Kim et al. 2022,
-arXiv:2211.10017). Then either
+which meet four slices of x. A value q becomes a float, q above an offset (weight_tiles.py). Then
+either
 
 SUMS        sums are corrected: scale * (sum (offset + q) x - (offset + zero) sum x), in float32.
             The tensor cores add up x as they multiply, and a weight costs little more than one
@@ -21,6 +20,7 @@ import triton.language as tl
 from .experts_gemm import tile_of
 from .rounding import narrow, wide
 from .tiles import activate, dot
+from .weight_tiles import OFFSET_BF16, OFFSET_FP16, int4_levels
 
 # Inputs of a step and of each of the four values of an element, and rows whose elements lie
 # together; 64 rows make a block of the layout.
@@ -29,60 +29,10 @@ PART: tl.constexpr = tl.constexpr(32)
 ROWS: tl.constexpr = tl.constexpr(16)
 BLOCK: tl.constexpr = tl.constexpr(64)
 
-# (words & 15) | offset of two elements a register: a shift leaves the wanted bits of both in place.
-# The compiler would copy the mask into a register before each use, were it not or-ed with
-# %ctaid.z, which is 0 in these grids but not known to be.
-_TEMPLATE = """{{
-.reg .b32 mask, second, third, fourth;
-mov.u32 mask, %ctaid.z;
-or.b32 mask, mask, 0x000f000f;
-shr.u32 second, $4, 4;
-shr.u32 third, $4, 8;
-shr.u32 fourth, $4, 12;
-lop3.b32 $0, $4, mask, {offset}, 0xea;
-lop3.b32 $1, second, mask, {offset}, 0xea;
-lop3.b32 $2, third, mask, {offset}, 0xea;
-lop3.b32 $3, fourth, mask, {offset}, 0xea;
-}}"""
-LEVELS_BF16: tl.constexpr = tl.constexpr(_TEMPLATE.format(offset="0x43004300"))
-LEVELS_FP16: tl.constexpr = tl.constexpr(_TEMPLATE.format(offset="0x64006400"))
-
-
-@triton.jit
-def levels(words, DTYPE: tl.constexpr, WIDEN: tl.constexpr):
-    """words int16 -> four tensors of offset + q, of bits 0..3, 4..7, ..: of DTYPE, or float32."""
-    if WIDEN or DTYPE == "fp32":
-        bits = words.to(tl.int32)
-        offset = 1024.0 if DTYPE == "fp16" else 128.0
-        return (
-            (bits & 15).to(tl.float32) + offset,
-            ((bits >> 4) & 15).to(tl.float32) + offset,
-            ((bits >> 8) & 15).to(tl.float32) + offset,
-            ((bits >> 12) & 15).to(tl.float32) + offset,
-        )
-    elif DTYPE == "bf16":
-        return tl.inline_asm_elementwise(
-            LEVELS_BF16,
-            "=&r,=&r,=&r,=&r,r",
-            [words],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            LEVELS_FP16,
-            "=&r,=&r,=&r,=&r,r",
-            [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-
 
 @triton.jit
 def weights_of(level, zero, scale, DTYPE: tl.constexpr, WIDEN: tl.constexpr):
-    """(q - zero) * scale, rounded to DTYPE; level and zero of `levels`, scale bfloat16."""
+    """(q - zero) * scale, rounded to DTYPE; level and zero of `int4_levels`, scale bfloat16."""
     if WIDEN or DTYPE == "fp32":
         factor = wide(narrow(wide(scale, WIDEN), DTYPE, WIDEN), WIDEN)
         return narrow((level - zero) * factor, DTYPE, WIDEN)
@@ -168,7 +118,7 @@ def add_step(
     SUMS: tl.constexpr,
 ):
     """acc [BLOCK_N, M] + weights x of a chunk. PAIRS: of rows, in a group's factors."""
-    w0, w1, w2, w3 = levels(operand(tl.load(words), BLOCK_N), DTYPE, WIDEN)
+    w0, w1, w2, w3 = int4_levels(operand(tl.load(words), BLOCK_N), DTYPE, WIDEN)
     group = chunk if GROUP < CHUNK else chunk * CHUNK // GROUP
     zero = load_factors(zeros, at + group * PAIRS, BLOCK_N)
     parts: tl.constexpr = 1 if GROUP >= CHUNK else CHUNK // GROUP
@@ -179,10 +129,11 @@ def add_step(
         part = dot(w1, x1, part, WIDEN)
         part = dot(w2, x2, part, WIDEN)
         part = dot(w3, x3, part, WIDEN)
-        zero = (zero.to(tl.int32) & 15).to(tl.float32) + (1024.0 if DTYPE == "fp16" else 128.0)
+        offset = OFFSET_FP16 if DTYPE == "fp16" else OFFSET_BF16
+        zero = (zero.to(tl.int32) & 15).to(tl.float32) + offset
         return acc + wide(s0, WIDEN)[:, None] * (part - zero[:, None] * totals)
     else:
-        z0, z1, z2, z3 = levels(zero[:, None], DTYPE, WIDEN)
+        z0, z1, z2, z3 = int4_levels(zero[:, None], DTYPE, WIDEN)
         s1, s2, s3 = s0, s0, s0
         if GROUP < CHUNK:
             s2 = load_factors(scales, at + parts // 2 * PAIRS, BLOCK_N)

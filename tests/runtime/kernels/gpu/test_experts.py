@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 
 from smelt.runtime.kernels.gpu import experts, experts_int4, routing
 from smelt.runtime.kernels.gpu.experts import Layer, experts_triton
-from smelt.runtime.kernels.gpu.experts_gemm_int4 import LEVELS_BF16, LEVELS_FP16
 from smelt.runtime.kernels.gpu.experts_int4 import experts_int4_triton
 from smelt.runtime.kernels.gpu.int4_layout import lay_out_int4
 from smelt.runtime.kernels.gpu.launch import regime
@@ -204,26 +202,6 @@ def test_int4_of_experts_within_a_block() -> None:
     case = Case(Layer(2, 1, 16, 24), 1, 0.0, torch.float32, 0)
     with pytest.raises(ValueError, match="width 24: both must be multiples of 16"):
         case.int4("silu", 16, (16, 24))
-
-
-@pytest.mark.parametrize(("dtype", "offset"), [(torch.bfloat16, 128), (torch.float16, 1024)])
-def test_the_instructions_that_unpack(dtype: torch.dtype, offset: int) -> None:
-    """What the assembly does to a register of two elements, in place of the interpreter's branch:
-    every element's four values are exact."""
-    template = {torch.bfloat16: LEVELS_BF16, torch.float16: LEVELS_FP16}[dtype].value
-    base = int(re.findall(r"mask, (0x[0-9a-f]{8}), 0xea", template)[0], 16)
-    mask = int(re.findall(r"or.b32 mask, mask, (0x[0-9a-f]{8})", template)[0], 16)
-    shifts = [0, *(int(shift) for shift in re.findall(r"shr.u32 \w+, \$4, (\d+)", template))]
-    assert re.findall(r"lop3.b32 \$(\d), (\S+), mask, (\S+), 0xea", template) == [
-        (str(i), name, hex(base)) for i, name in enumerate(["$4", "second", "third", "fourth"])
-    ]
-    elements = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
-    registers = elements.view(-1, 2).view(torch.int32).flatten().long() & 0xFFFFFFFF
-    for i, shift in enumerate(shifts):
-        # lop3 with table 0xea: (a and b) or c.
-        made = ((registers >> shift) & mask) | base
-        floats = made.to(torch.int32).view(dtype).double()
-        assert torch.equal(floats, offset + ((elements.long() & 0xFFFF) >> 4 * i & 15).double())
 
 
 def test_weights_of_the_router_in_the_dtype_of_x() -> None:
