@@ -17,6 +17,7 @@ import torch
 
 from .bitmask import set_bits
 from .filters import NO_VALUE
+from .transfer import send
 
 if TYPE_CHECKING:
     from .sampler import Row
@@ -72,7 +73,8 @@ class Prepared:
         if len(self._rows) == len(scores):
             scores.masked_fill_(~allowed, NO_VALUE)
         else:
-            scores[self._rows] = scores[self._rows].masked_fill(~allowed, NO_VALUE)
+            rows = send(self._rows, torch.int64, scores.device)
+            scores[rows] = scores[rows].masked_fill(~allowed, NO_VALUE)
 
 
 NOTHING = Prepared([], None, ())

@@ -16,6 +16,7 @@ from .errors import UserError
 from .filters import NO_VALUE
 from .masks import Prepared, prepare
 from .sampling_params import SamplingParams
+from .transfer import send
 
 if TYPE_CHECKING:
     from .sampler import Row
@@ -133,7 +134,7 @@ class Shift:
         if params.logit_bias:
             tokens = _inside(params.logit_bias, vocab_size, device)
             values = [v for t, v in params.logit_bias.items() if t < vocab_size]
-            fixed[tokens] = fixed.new_tensor(values)
+            fixed[tokens] = send(values, torch.float32, device)
         if params.allowed_token_ids:
             excluded = torch.ones(vocab_size, dtype=torch.bool, device=device)
             excluded[_inside(params.allowed_token_ids, vocab_size, device)] = False
@@ -146,9 +147,9 @@ class Shift:
         assert self._fixed is not None
         params = self._params
         counts = {token: n for token, n in counts.items() if token < len(shift)}
-        tokens = torch.tensor(list(counts), dtype=torch.long, device=shift.device)
+        tokens = send(list(counts), torch.int64, shift.device)
         penalty = [params.presence_penalty + params.frequency_penalty * n for n in counts.values()]
-        shift[tokens] = self._fixed[tokens] - shift.new_tensor(penalty)
+        shift[tokens] = self._fixed[tokens] - send(penalty, torch.float32, shift.device)
 
 
 class BadWords:
@@ -202,8 +203,9 @@ def _penalise(scores: torch.Tensor, rows: Sequence[Row]) -> None:
         return
     size, device = scores.shape[1], scores.device
     seen = torch.stack([s.row(row.history, row.draft, size, device) for _, row, s in chosen])
-    penalty = scores.new_tensor([row.state.params.repetition_penalty for _, row, _ in chosen])
-    index = [i for i, _, _ in chosen]
+    factors = [row.state.params.repetition_penalty for _, row, _ in chosen]
+    penalty = send(factors, torch.float32, device)
+    index = send([i for i, _, _ in chosen], torch.int64, device)
     found = scores[index]
     changed = torch.where(found < 0, found * penalty[:, None], found / penalty[:, None])
     scores[index] = torch.where(seen, changed, found)
@@ -218,7 +220,7 @@ def _add(scores: torch.Tensor, rows: Sequence[Row]) -> None:
     if len(chosen) == len(rows):
         scores += shifts
     else:
-        scores[[i for i, _, _ in chosen]] += shifts
+        scores[send([i for i, _, _ in chosen], torch.int64, device)] += shifts
 
 
 def _forbid(scores: torch.Tensor, rows: Sequence[Row]) -> None:
@@ -235,10 +237,11 @@ def _forbid(scores: torch.Tensor, rows: Sequence[Row]) -> None:
         places += [i] * len(banned)
         tokens += banned
     if places:
-        scores[places, tokens] = NO_VALUE
+        where, what = (send(each, torch.int64, scores.device) for each in (places, tokens))
+        scores[where, what] = NO_VALUE
 
 
 def _inside(tokens: Iterable[int], vocab_size: int, device: torch.device) -> torch.Tensor:
     """int64: those of the token ids that the vocabulary has."""
     found = [token for token in tokens if token < vocab_size]
-    return torch.tensor(found, dtype=torch.long, device=device)
+    return send(found, torch.int64, device)

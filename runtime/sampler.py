@@ -222,11 +222,13 @@ def distributions(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     if not greedy:
         return probabilities(scores, [row.state.params for row in rows])
     probs = torch.zeros_like(scores)
-    best, tokens = scores[greedy].max(-1, keepdim=True)
+    sure_rows = send(greedy, torch.int64, scores.device)
+    best, tokens = scores[sure_rows].max(-1, keepdim=True)
     sure = torch.where(best > NO_VALUE, 1.0, float("nan"))
-    probs[greedy] = torch.where(best > NO_VALUE, 0.0, sure).expand(-1, scores.shape[1])
-    probs[torch.tensor(greedy, device=scores.device)[:, None], tokens] = sure
-    drawn = [i for i, row in enumerate(rows) if not row.state.greedy]
-    if drawn:
-        probs[drawn] = probabilities(scores[drawn], [rows[i].state.params for i in drawn])
+    probs[sure_rows] = torch.where(best > NO_VALUE, 0.0, sure).expand(-1, scores.shape[1])
+    probs[sure_rows[:, None], tokens] = sure
+    others = [i for i, row in enumerate(rows) if not row.state.greedy]
+    if others:
+        index = send(others, torch.int64, scores.device)
+        probs[index] = probabilities(scores[index], [rows[i].state.params for i in others])
     return probs
