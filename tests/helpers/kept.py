@@ -7,38 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.quantized import module
-from helpers.tiny import Subject, clone_program
+from helpers.quantized import exported, module
+from helpers.tiny import Subject
 
 from smelt.compiler.manager import PassManager
 from smelt.compiler.pipeline import PipelineConfig, pipeline
 from smelt.compiler.stored import read_stored
-from smelt.compiler.trace import export, program_from_export
 from smelt.compiler.weights import bind, checkpoint_specs
 from smelt.models.checkpoint import Checkpoint
-from smelt.passes.program import Program
 from smelt.passes.quantize import QuantSpec
 
 IDS = torch.arange(3, 27) * 5 % 128
 
 
 @functools.cache
-def traced() -> tuple[Any, Program]:
-    model = module("Llama")
-    return model, program_from_export(export(model), model, model.config)
+def llama() -> Any:
+    return module("Llama")
 
 
 def bound(folder: Path, model: Any = None) -> Subject:
     """The program of a quantized folder just before its quantization stage."""
-    if model is None:
-        model, plain = traced()
-    else:
-        plain = program_from_export(export(model), model, model.config)
+    model = llama() if model is None else model
     checkpoint = Checkpoint(folder)
     stored = checkpoint_specs(checkpoint)
     quantized = read_stored(folder, checkpoint, QuantSpec())
     assert quantized is not None
-    program = clone_program(plain)
+    program = exported(model)
     bind(program.weights, stored, model, "here", quantized)
     stages = pipeline(PipelineConfig())
     names = [stage.pass_.name for stage in stages]

@@ -62,24 +62,35 @@ def module(name: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     return model
 
 
+_TRACED: dict[tuple[object, ...], Program] = {}
+
+
+def _kind(model: torch.nn.Module) -> tuple[object, ...]:
+    """What a model's graph follows from: all but the values of its weights."""
+    modules = tuple((name, type(part)) for name, part in model.named_modules())
+    weights = tuple((name, p.shape, p.dtype) for name, p in model.named_parameters())
+    return model.config.to_json_string(), modules, weights
+
+
+def exported(model: torch.nn.Module) -> Program:
+    """The model's program before any pass, traced once for all models of a kind."""
+    key = _kind(model)
+    if key not in _TRACED:
+        _TRACED[key] = program_from_export(export(model), model, model.config)
+    return clone_program(_TRACED[key])
+
+
 def program_of(model: torch.nn.Module, opt: str = "O2") -> Program:
     """The model's program after the passes that run before quantization."""
-    program = program_from_export(export(model), model, model.config)
-    stages = pipeline(PipelineConfig(opt=opt))
-    names = [stage.pass_.name for stage in stages]
-    PassManager(stages[: names.index("keep-logits-rows")]).run(program)
-    assert program.dialect is Dialect.SEMANTIC
-    return program
-
-
-_TRACED: dict[int, tuple[torch.nn.Module, Program]] = {}
-
-
-def copy_of(model: torch.nn.Module) -> Program:
-    """`program_of`, traced once a model: the graph is the same whatever the weights become."""
-    if id(model) not in _TRACED:
-        _TRACED[id(model)] = (model, program_of(model))
-    return clone_program(_TRACED[id(model)][1])
+    key = (*_kind(model), opt)
+    if key not in _TRACED:
+        program = exported(model)
+        stages = pipeline(PipelineConfig(opt=opt))
+        names = [stage.pass_.name for stage in stages]
+        PassManager(stages[: names.index("keep-logits-rows")]).run(program)
+        assert program.dialect is Dialect.SEMANTIC
+        _TRACED[key] = program
+    return clone_program(_TRACED[key])
 
 
 def traced(name: str, **changes: Any) -> tuple[Program, ModuleSource]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.check_pass import check_pass
-from helpers.quantized import copy_of, module
+from helpers.quantized import module, program_of
 from helpers.tiny import Subject, after, tiny_program
 
 from smelt.compiler.manager import PassManager
@@ -107,7 +107,7 @@ def test_attention_writes_and_attends_in_two_kernels(kv_cache: str) -> None:
 
 def mixture(spec: QuantSpec | None) -> Subject:
     model = module("Mixtral", num_hidden_layers=1, num_local_experts=3)
-    subject = Subject(copy_of(model), ModuleSource(model), torch.arange(11))
+    subject = Subject(program_of(model), ModuleSource(model), torch.arange(11))
     if spec is not None:
         METHODS[spec.method]().run(subject.program, stage_for(spec).options)
     subject = after(subject, KeepLogitsRows(), InsertKvCache())

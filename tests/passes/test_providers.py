@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.check_pass import check_pass
-from helpers.quantized import copy_of, module
+from helpers.quantized import module
+from helpers.quantized import program_of as program_to_quantize
 from helpers.tiny import (
     Subject,
     Toy,
@@ -185,7 +186,7 @@ EXPERT_SPECS = {
 
 def with_quantized_experts(spec: QuantSpec, family: str = "Mixtral", **sizes: int) -> Subject:
     model = module(family, num_hidden_layers=1, num_local_experts=3, **sizes)
-    subject = Subject(copy_of(model), ModuleSource(model), torch.arange(11))
+    subject = Subject(program_to_quantize(model), ModuleSource(model), torch.arange(11))
     pass_ = METHODS[spec.method]()
     pass_.run(subject.program, stage_for(spec).options)
     return after(subject, KeepLogitsRows(), InsertKvCache())

@@ -10,7 +10,6 @@ import torch
 from helpers.check_pass import check_pass
 from helpers.quantized import (
     BASE,
-    copy_of,
     logits,
     module,
     program_of,
@@ -86,7 +85,7 @@ def note_of(result: PassResult, layer: str = LAYER) -> dict[str, Any]:
 @pytest.mark.parametrize("name", list(SPECS))
 def test_every_method_leaves_only_the_router(family: str, name: str) -> None:
     spec = SPECS[name]
-    program, source = copy_of(model(family)), ModuleSource(model(family))
+    program, source = program_of(model(family)), ModuleSource(model(family))
     text = random_ids(3, 24)
     before = logits(program, source, text)
     result = quantize(program, source, spec)
@@ -133,7 +132,7 @@ def test_rounding_is_what_one_would_do_by_hand() -> None:
 @pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
 def test_the_pass_keeps_its_promises(method: str) -> None:
     ids = torch.tensor(random_ids(1, 24)[0])
-    subject = Subject(copy_of(model()), ModuleSource(model()), ids)
+    subject = Subject(program_of(model()), ModuleSource(model()), ids)
     options: dict[str, Any] = {"spec": QuantSpec(method, "int4", 32)}
     if method != "rtn":
         options |= {"samples": samples(), "source": subject.source}
@@ -171,22 +170,22 @@ def routed_tokens(program: Program, source: Any) -> list[int]:
 def test_tokens_are_counted_and_few_of_them_mean_rounding() -> None:
     """fp8 moves attention's output too little for a token to change its expert."""
     source = ModuleSource(model())
-    counts = routed_tokens(copy_of(model()), source)
+    counts = routed_tokens(program_of(model()), source)
     assert sum(counts) == TOP * sum(map(len, samples())) and len(set(counts)) == EXPERTS
-    found = note_of(quantize(copy_of(model()), source, SPECS["fp8-static"]))["tokens_per_expert"]
+    found = note_of(quantize(program_of(model()), source, SPECS["fp8-static"]))["tokens_per_expert"]
     assert max(abs(a - b) for a, b in zip(found, counts, strict=True)) <= 4
 
     spec = QuantSpec("gptq", "int4", 32)
-    counts = note_of(quantize(copy_of(model()), source, spec))["tokens_per_expert"]
+    counts = note_of(quantize(program_of(model()), source, spec))["tokens_per_expert"]
     few = sorted(counts)[1] + 1  # two experts have fewer
-    program = copy_of(model())
+    program = program_of(model())
     note = note_of(quantize(program, source, spec, min_expert_tokens=few))
     rounded = [e for e, count in enumerate(counts) if count < few]
     assert note["experts_rounded"] == rounded and len(rounded) == 2
     listed = ", ".join(map(str, rounded))
     assert note["reason"] == f"experts {listed} saw fewer than {few} tokens: rounded to nearest"
 
-    plain = copy_of(model())
+    plain = program_of(model())
     quantize(plain, source, QuantSpec("rtn", "int4", 32))
     for field in ("gate_up_proj.qweight", "down_proj.qweight"):
         one = weights_of(program, source)[f"{LAYER}.{field}"].chunk(EXPERTS)
@@ -197,14 +196,14 @@ def test_tokens_are_counted_and_few_of_them_mean_rounding() -> None:
 
 def test_the_fewest_tokens_grow_with_the_width() -> None:
     assert [least_tokens(k) for k in (16, 128, 2048, 4096)] == [32, 32, 512, 1024]
-    program = copy_of(model())
+    program = program_of(model())
     note = note_of(quantize(program, ModuleSource(model()), QuantSpec("awq", "int4", 32)))
     assert min(note["tokens_per_expert"]) >= 32 and "experts_rounded" not in note
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_an_expert_without_a_token_is_rounded(method: str) -> None:
-    program = copy_of(model())
+    program = program_of(model())
     search = Awq() if method == "awq" else Gptq()
     found = find_experts(program, QuantSpec(method, "int4", 32))
     options = CalibrationOptions(min_expert_tokens=0)
@@ -231,7 +230,7 @@ def test_an_expert_without_a_token_is_rounded(method: str) -> None:
 @pytest.mark.parametrize("name", ["awq-int4", "gptq-int3"])
 def test_searching_loses_less_than_rounding(name: str) -> None:
     spec, source = SPECS[name], ModuleSource(model())
-    note = note_of(quantize(copy_of(model()), source, spec))
+    note = note_of(quantize(program_of(model()), source, spec))
     assert 0 < note["error"] < 0.9 * note["error_rtn"]
 
 
@@ -262,9 +261,9 @@ def test_later_layers_see_what_earlier_experts_lost(
         return search(self, experts, x, *rest)
 
     monkeypatch.setattr(ExpertLayers, "search", spy)
-    program, source = copy_of(model(layers=2)), ModuleSource(model(layers=2))
+    program, source = program_of(model(layers=2)), ModuleSource(model(layers=2))
     quantize(program, source, SPECS[name])
-    plain = inputs_of(copy_of(model(layers=2)), source, smelt.experts.default)
+    plain = inputs_of(program_of(model(layers=2)), source, smelt.experts.default)
     mine = inputs_of(program, source, smelt.experts_quantized.default)
     want = seen["model.layers.1.mlp.experts"]
     # AWQ divides up's rows once more than the calibration did, and rounds the scales again.
@@ -289,11 +288,11 @@ def test_results_are_recalled_from_the_journal(monkeypatch: pytest.MonkeyPatch) 
     source, spec = ModuleSource(model()), QuantSpec("gptq", "int4", 32)
     kept: dict[str, dict[str, Any]] = {}
     options = {"journal": lambda _: kept, "min_expert_tokens": 130}
-    first = copy_of(model())
+    first = program_of(model())
     quantize(first, source, spec, **options)
     assert f"{LAYER}.1.down" in kept
     monkeypatch.setattr(Gptq, "search", None)  # would fail
-    second = copy_of(model())
+    second = program_of(model())
     quantize(second, source, spec, **options)
     assert first.weights.digest() == second.weights.digest()
 
@@ -339,7 +338,7 @@ def test_a_scale_that_is_not_finite_names_layer_and_expert(monkeypatch: pytest.M
 
     monkeypatch.setattr(Gptq, "search", spoiled)
     with pytest.raises(SmeltError, match=rf"{LAYER}\.1\.gate_up: a scale found for it is NaN"):
-        quantize(copy_of(model()), ModuleSource(model()), QuantSpec("gptq", "int4", 32))
+        quantize(program_of(model()), ModuleSource(model()), QuantSpec("gptq", "int4", 32))
 
 
 def test_activations_that_are_not_finite_name_the_layer() -> None:
@@ -351,7 +350,7 @@ def test_activations_that_are_not_finite_name_the_layer() -> None:
 
 
 def test_what_is_left_says_why() -> None:
-    program = copy_of(model())
+    program = program_of(model())
     result = quantize(program, ModuleSource(model()), QuantSpec("rtn", "int4", 32, min_features=80))
     assert note_of(result)["reason"] == "too small (192 x 64)"
     assert "experts (too small (192 x 64))" in result.notes[-1]["summary"]
@@ -376,7 +375,7 @@ def test_groups_that_do_not_fit_are_whole_rows_and_said_so() -> None:
 
 
 def test_gptq_counts_experts_among_what_it_expects() -> None:
-    program = copy_of(model("Qwen3Moe"))
+    program = program_of(model("Qwen3Moe"))
     counts = program.facts.module_counts
     assert QuantizeGptq().expect(program) == counts["linear"] + 1
     assert isinstance(GptqOptions().min_expert_tokens, type(None))

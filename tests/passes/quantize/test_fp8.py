@@ -12,9 +12,9 @@ from helpers.check_pass import check_pass
 from helpers.data import data_path
 from helpers.quantized import (
     checkpoint,
-    copy_of,
     logits,
     module,
+    program_of,
     random_ids,
     score,
     text_ids,
@@ -45,7 +45,7 @@ SAMPLES = random_ids(8, 32)
 def fp8(
     model: torch.nn.Module, samples: list[list[int]] = SAMPLES, **spec: Any
 ) -> tuple[Program, PassResult]:
-    program = copy_of(model)
+    program = program_of(model)
     options = Fp8Options(QuantSpec("fp8", **spec), samples, ModuleSource(model))
     result = QuantizeFp8().run(program, options)
     program.dialect = Dialect.QUANTIZED
@@ -111,7 +111,7 @@ def test_rounding_to_fp8_leaves_inputs_alone() -> None:
 def test_logits_stay_close(name: str) -> None:
     model = plain()
     ids, source = random_ids(4, 32, seed=9), ModuleSource(model)
-    reference = logits(copy_of(model), source, ids)
+    reference = logits(program_of(model), source, ids)
     program, result = fp8(model, **SPECS[name])
     assert result.matched == 8 and result.rewritten == 7
     assert score(logits(program, source, ids), reference, ids).kl < 2e-3
@@ -131,11 +131,11 @@ def test_values_too_large_for_e4m3_are_scaled_and_not_lost() -> None:
 def test_static_activations_need_text_and_dynamic_ones_do_not() -> None:
     model = plain()
     assert not QuantSpec("fp8").needs_calibration
-    QuantizeFp8().run(copy_of(model), Fp8Options())
+    QuantizeFp8().run(program_of(model), Fp8Options())
     static = QuantSpec("fp8", activations="static")
     assert static.needs_calibration
     with pytest.raises(UserError, match="static activations need calibration text"):
-        QuantizeFp8().run(copy_of(model), Fp8Options(static))
+        QuantizeFp8().run(program_of(model), Fp8Options(static))
 
 
 def test_nan_in_a_weight_names_the_layer() -> None:
@@ -175,7 +175,7 @@ def test_a_trained_checkpoint_stays_within_two_percent(name: str) -> None:
     ids = text_ids(folder, data_path("texts/tinystories_valid.txt"), 12, 256)
     model = checkpoint(folder)
     source = ModuleSource(model)
-    reference = logits(copy_of(model), source, ids)
+    reference = logits(program_of(model), source, ids)
     original = score(reference, reference, ids)
     program, _ = fp8(model, samples, **SPECS[name])
     found = score(logits(program, source, ids), reference, ids)

@@ -11,9 +11,9 @@ from helpers.data import data_path
 from helpers.quantized import (
     Score,
     checkpoint,
-    copy_of,
     logits,
     module,
+    program_of,
     random_ids,
     score,
     text_ids,
@@ -48,7 +48,7 @@ IDS = random_ids(8, 32, seed=9)
 def smoothed(
     model: torch.nn.Module, samples: list[list[int]] = SAMPLES, **spec: Any
 ) -> tuple[Program, PassResult]:
-    program = copy_of(model)
+    program = program_of(model)
     options = SmoothQuantOptions(QuantSpec("smoothquant", **spec), samples, ModuleSource(model))
     result = QuantizeSmoothQuant().run(program, options)
     program.dialect = Dialect.QUANTIZED
@@ -61,7 +61,7 @@ def quality(
 ) -> Score:
     source = ModuleSource(model)
     program, _ = smoothed(model, samples, **spec)
-    reference = logits(copy_of(model), source, ids)
+    reference = logits(program_of(model), source, ids)
     return score(logits(program, source, ids), reference, ids)
 
 
@@ -160,7 +160,7 @@ def test_a_searched_alpha_is_as_good(
     planted: torch.nn.Module, searched: tuple[Program, PassResult]
 ) -> None:
     source = ModuleSource(planted)
-    reference = logits(copy_of(planted), source, IDS)
+    reference = logits(program_of(planted), source, IDS)
     found = score(logits(searched[0], source, IDS), reference, IDS)
     assert found.kl < 0.1 * quality(planted, IDS, alpha=0.0).kl
 
@@ -191,7 +191,7 @@ def test_nothing_is_multiplied_at_run_time(
     program, _ = searched
     assert len(program.calls(smelt.linear_w8a8.default)) == 4
     products = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
-    assert len(program.calls(*products)) == len(copy_of(planted).calls(*products))
+    assert len(program.calls(*products)) == len(program_of(planted).calls(*products))
     weights = weights_of(program, ModuleSource(planted))
     matrices = {n for n, w in weights.items() if w.dim() == 2 and "layers" in n}
     assert {weights[n].dtype for n in matrices} == {torch.int8}
@@ -226,7 +226,7 @@ def test_layers_without_a_producer_are_unsmoothed_and_say_why() -> None:
 
 
 def test_plain_dynamic_w8a8_needs_no_text(planted: torch.nn.Module) -> None:
-    program = copy_of(planted)
+    program = program_of(planted)
     spec = QuantSpec("smoothquant", alpha=0.0)
     assert not spec.needs_calibration
     result = QuantizeSmoothQuant().run(program, SmoothQuantOptions(spec))
@@ -235,7 +235,7 @@ def test_plain_dynamic_w8a8_needs_no_text(planted: torch.nn.Module) -> None:
         spec = QuantSpec("smoothquant", **needy)
         assert spec.needs_calibration
         with pytest.raises(UserError, match="needs calibration text"):
-            QuantizeSmoothQuant().run(copy_of(planted), SmoothQuantOptions(spec))
+            QuantizeSmoothQuant().run(program_of(planted), SmoothQuantOptions(spec))
 
 
 def test_a_linear_too_wide_for_integer_sums_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_trained_checkpoints_stay_within_two_percent(name: str, activations: str
     ids = text_ids(folder, data_path("texts/tinystories_valid.txt"), 12, 256)
     model = checkpoint(folder)
     source = ModuleSource(model)
-    reference = logits(copy_of(model), source, ids)
+    reference = logits(program_of(model), source, ids)
     original = score(reference, reference, ids)
     program, _ = smoothed(model, samples, activations=activations)
     found = score(logits(program, source, ids), reference, ids)
