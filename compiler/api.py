@@ -37,7 +37,7 @@ from .pipeline import PipelineConfig, installed_passes, load_pass, pipeline, por
 from .proof import Proof, speed
 from .quantization import quantize_stage
 from .stored import quant_json
-from .trace import check_against_eager, export, program_from_export, refuse_unsupported
+from .trace import check_once, export, program_from_export, refuse_unsupported
 from .weights import bind
 
 Progress = Callable[[str, int, int], None]
@@ -89,7 +89,7 @@ def _compile(
         report("load", 0, 1)
         loaded = load(model, settings)
         report("trace", 0, 1)
-        check_against_eager(loaded.config, settings.trust_remote_code)
+        check_once(loaded.config, settings.trust_remote_code)
         program = _trace(loaded)
         program.target = settings.device
         journals = None

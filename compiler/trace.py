@@ -348,6 +348,17 @@ def _small_model(
     ) from failure
 
 
+_CHECKED: set[tuple[type, str]] = set()
+
+
+def check_once(config: Any, trust_remote_code: bool = False) -> None:
+    """`check_against_eager`, once a process for a configuration; code of a folder each time."""
+    key = (type(config), str(config.to_json_string()))
+    if trust_remote_code or key not in _CHECKED:
+        check_against_eager(config, trust_remote_code)
+        _CHECKED.add(key)
+
+
 def check_against_eager(config: Any, trust_remote_code: bool = False) -> tuple[Program, float]:
     """Trace a small random model of the same class and compare its logits with eager's, in fp32.
 

@@ -12,6 +12,7 @@ from helpers.steps import Stepper
 from helpers.tiny import FAMILIES, Subject, tiny_config, tiny_difference, tiny_lowered, tiny_program
 from torch import nn
 
+from smelt.compiler import trace
 from smelt.compiler.trace import PackedForward, TraceError, check_against_eager, trace_config
 from smelt.passes.program import Dialect, Role
 from smelt.runtime.errors import UserError
@@ -199,3 +200,26 @@ def test_every_kind_of_layer_is_in_the_small_model(family: str) -> None:
     for name in ("layer_types", "no_rope_layers"):
         if getattr(config, name, None):
             assert set(getattr(small, name)) == set(getattr(config, name))
+
+
+def test_a_configuration_is_checked_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(trace, "check_against_eager", lambda config, trust: seen.append(config))
+    monkeypatch.setattr(trace, "_CHECKED", set())
+    for width in (96, 96, 128):
+        trace.check_once(tiny_config("llama", intermediate_size=width))
+    assert [config.intermediate_size for config in seen] == [96, 128]
+    trace.check_once(tiny_config("llama", intermediate_size=128), trust_remote_code=True)
+    assert len(seen) == 3, "a folder's code may have changed"
+
+
+def test_a_failed_check_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "_CHECKED", set())
+
+    def fail(config: object, trust: bool) -> None:
+        raise TraceError("no")
+
+    monkeypatch.setattr(trace, "check_against_eager", fail)
+    for _ in range(2):
+        with pytest.raises(TraceError):
+            trace.check_once(tiny_config("llama"))
