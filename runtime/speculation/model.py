@@ -212,7 +212,8 @@ class ModelDrafter:
         lengths = batch.seq_lens + torch.arange(1, count + 1, dtype=torch.int32)[:, None]
         positions = lengths.long() - 1
         index, offset = (positions // size).T, positions % size
-        slots = [t.gather(1, index).T.long() * size + offset for t in batch.block_tables]
+        blocks = [t.gather(1, index).T.long() for t in batch.block_tables]
+        slots = [(each * size + offset).contiguous() for each in blocks]
         one_each = torch.arange(sequences + 1, dtype=torch.int32)
         for i in range(count):
             yield replace(

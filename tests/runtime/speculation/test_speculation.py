@@ -10,7 +10,7 @@ from collections.abc import Sequence as Items
 import pytest
 import torch
 from helpers.fake_step import FakeModel, FakeStep, one_thread  # noqa: F401  (autouse fixture)
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from smelt.runtime.engine import Engine
@@ -166,6 +166,9 @@ def test_text_that_repeats_is_drafted_from_itself() -> None:
     max_tokens=st.sampled_from([4, 32]),
     seed=st.integers(0, 99),
 )
+@example(same=True, blocks=300, max_tokens=32, seed=0)
+@example(same=False, blocks=6, max_tokens=32, seed=0)
+@example(same=True, blocks=6, max_tokens=4, seed=0)
 def test_a_draft_model_changes_no_greedy_token(
     same: bool, blocks: int, max_tokens: int, seed: int
 ) -> None:

@@ -231,7 +231,7 @@ def test_exports() -> None:
 @pytest.mark.parametrize("found", [80, 86, 90, 100, 120])
 def test_variants_have_names_of_their_own(found: int) -> None:
     names = [variant.name for variant in norms.variants(found)]
-    assert len(names) == len(set(names)) <= 12
+    assert names and len(names) == len(set(names))
 
 
 def test_cost_counts_each_byte_once() -> None:
