@@ -2,7 +2,7 @@
 
     python -m benchmarks.dense_cpu --rounds 9
 
-Weights rotate through copies of 192 MiB together. Prints a table and writes
+Weights rotate through copies of 192 MiB together. Prints a line a case and writes
 benchmarks/results/dense-cpu.json: microseconds of a call by shape, rows of x, and set.
 """
 

@@ -144,7 +144,7 @@ def main() -> int:
     ]
     if modules == list(MODULES):
         complaints += uncompiled(capabilities)
-        if capabilities == list(CAPABILITIES) or given.out:
+        if given.out or (capabilities == list(CAPABILITIES) and rows != list(before.values())):
             write(given.out or OUT, rows)
     elif given.out:
         write(given.out, rows)

@@ -31,6 +31,9 @@ from ..integrity import cache_folder
 SOURCES = Path(__file__).parent / "cpu"
 TORCH_UNITS = ("ops_linear.cpp", "ops_attention.cpp", "ops_w8a8.cpp", "ops_experts.cpp")
 COMMON_FLAGS = ("-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w")
+# What calls torch has no loops of its own; kernels are worth the time that compiling them takes,
+# but for the plainest set where every processor of the last ten years has a better one.
+TORCH_LEVEL, KERNEL_LEVEL, PLAINEST_LEVEL = "-O2", "-O3", "-O2"
 AVX2_FLAGS = ("-DSMELT_AVX2", "-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = (
     *("-DSMELT_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
@@ -79,10 +82,9 @@ def _units() -> list[tuple[str, list[str]]]:
     """(object name, arguments) of each compilation, the longest first."""
     sets = ISA_FLAGS if _is_x86() else {"baseline": ()}
     x86 = ["-DSMELT_X86"] if _is_x86() else []
-    units = [(Path(name).stem, [name, "-O2", *_torch_flags()]) for name in TORCH_UNITS]
+    units = [(Path(name).stem, [name, TORCH_LEVEL, *_torch_flags()]) for name in TORCH_UNITS]
     for name, flags in sets.items():
-        # Every x86 processor of the last ten years has a better set than the plainest.
-        level = "-O2" if x86 and not flags else "-O3"
+        level = PLAINEST_LEVEL if x86 and not flags else KERNEL_LEVEL
         units.append((name, ["unit.cpp", "-std=c++17", level, f"-DSMELT_ISA={name}", *flags]))
     units.append(("isa", ["isa.cpp", "-std=c++17", *x86]))
     return units
@@ -102,7 +104,7 @@ def _key() -> str:
         if path.suffix in (".cpp", ".h"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     facts = (
-        [COMMON_FLAGS, ISA_FLAGS],
+        [COMMON_FLAGS, ISA_FLAGS, TORCH_LEVEL, KERNEL_LEVEL, PLAINEST_LEVEL],
         torch.__version__,
         platform.machine(),
         sys.platform,

@@ -23,7 +23,8 @@ inline void amx_prepare(const Dense& d, int64_t first, int64_t last) {
   }
 }
 
-// Of A (tile 5 to 7, `rows` rows of the weight), of B (tile 4, x) and of sums (tiles 0 to 3).
+// Of sums (tiles 0 to 3), x (tile 4) and `rows` rows of the weight (5 to 7; with all 16 of them 7
+// may be one more of x).
 inline void amx_configure(int64_t rows) {
   alignas(64) struct {
     uint8_t palette = 1, start = 0, reserved[14] = {};
