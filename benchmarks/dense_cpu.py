@@ -12,8 +12,8 @@ import argparse
 import ctypes
 import itertools
 import json
-import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from smelt.runtime import machine
 from smelt.runtime.kernels import build
+
+from .kernels_cpu import interleaved
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ((256, 256), (576, 576), (1536, 576), (2048, 2048), (11264, 2048), (2048, 5632))
@@ -36,22 +38,23 @@ def measure(n: int, k: int, rows: int, rounds: int, sets: list[str]) -> dict[str
     library = ctypes.CDLL(str(build.library_path()))
     x = torch.randn(rows, k).bfloat16()
     copies = max(1, min(100, ROTATED_BYTES // (2 * n * k)))
-    turn = itertools.cycle([torch.randn(n, k).bfloat16() for _ in range(copies)])
-    seconds: dict[str, list[float]] = {name: [] for name in [*sets, "torch"]}
-    for i, name in itertools.product(range(rounds + 1), seconds):
-        if name != "torch":
-            library.smelt_cpu_set_isa(name.encode())
-        began = time.perf_counter()
-        for _ in range(copies):
-            weight = next(turn)
+    weights = [torch.randn(n, k).bfloat16() for _ in range(copies)]
+
+    def on(name: str) -> Callable[[], object]:
+        def all_copies() -> None:
             if name == "torch":
-                F.linear(x, weight)
-            else:
+                for weight in weights:
+                    F.linear(x, weight)
+                return
+            library.smelt_cpu_set_isa(name.encode())
+            for weight in weights:
                 torch.ops.smelt.linear(x, weight, None)
-        if i:  # the first round warms up
-            seconds[name].append((time.perf_counter() - began) / copies)
+
+        return all_copies
+
+    found = interleaved({name: (on(name), 1) for name in [*sets, "torch"]}, rounds)
     library.smelt_cpu_set_isa(sets[-1].encode())
-    return {name: round(1e6 * statistics.median(s), 1) for name, s in seconds.items()}
+    return {name: round(1e6 * median / copies, 1) for name, (median, _) in found.items()}
 
 
 def main() -> None:

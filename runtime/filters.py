@@ -37,7 +37,7 @@ def probabilities(scores: torch.Tensor, params: Sequence[SamplingParams]) -> tor
 def _most_likely(scores: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:
     """Minus infinity for what top_k drops and top_p drops of the rest, perhaps in place."""
     limited = any(p < 1 for p in top_p)
-    kernel = _kernel(scores) if limited or any(top_k) else None
+    kernel = _kernel(scores.device, *scores.shape) if limited or any(top_k) else None
     if kernel is not None:
         return kernel(scores, top_k, top_p)
     if any(top_k):
@@ -47,23 +47,22 @@ def _most_likely(scores: torch.Tensor, top_k: list[int], top_p: list[float]) -> 
 
 def warm_up(vocab_size: int, device: torch.device) -> None:
     """Compile what filters rows on a CUDA device, so that no request waits for it."""
-    scores = torch.zeros(1, vocab_size, device=device)
-    kernel = _kernel(scores)
+    kernel = _kernel(device, 1, vocab_size)
     if kernel is not None:
-        kernel(scores, [1], [0.5])
+        kernel(torch.zeros(1, vocab_size, device=device), [1], [0.5])
 
 
 def _kernel(
-    scores: torch.Tensor,
+    device: torch.device, rows: int, vocab_size: int
 ) -> Callable[[torch.Tensor, list[int], list[float]], torch.Tensor] | None:
-    """What filters on the device of `scores` without sorting them, where that pays."""
-    if not scores.is_cuda:
+    """What filters scores [rows, vocab_size] on a device without sorting them, where that pays."""
+    if device.type != "cuda":
         return None
     try:
         from .kernels.gpu.sampling import filter_top, pays
     except ImportError:  # a torch without triton
         return None
-    return filter_top if pays(*scores.shape) else None
+    return filter_top if pays(rows, vocab_size) else None
 
 
 def _top_k(scores: torch.Tensor, top_k: list[int]) -> torch.Tensor:

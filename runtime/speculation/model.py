@@ -7,9 +7,10 @@ draft together, a token a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -188,8 +189,8 @@ class ModelDrafter:
         batch = self.builder.build([Chunk(s, s.computed, s.pending, 1) for s in own], ahead)
         best, found = self._best(batch)
         tokens = [found]
-        for later in self._following(batch, ahead):
-            tokens.append(self._best(replace(later, input_ids=tokens[-1]))[1])
+        for following in self._following(batch, ahead):
+            tokens.append(self._best(following(input_ids=tokens[-1]))[1])
         drafts = torch.stack(tokens, 1).tolist()
         nothing = best.isnan().tolist()  # where the draft's logits are no numbers
         for shadow, drafted, none in zip(grown, drafts, nothing, strict=True):
@@ -205,8 +206,9 @@ class ModelDrafter:
         logits = _fit(self.program.run(batch, self.caches), self.vocab_size)
         return logits.max(-1)
 
-    def _following(self, batch: Batch, count: int) -> Iterator[Batch]:
-        """The `count` steps after `batch`, of one token a sequence, which is still to be put in."""
+    def _following(self, batch: Batch, count: int) -> Iterator[Callable[..., Batch]]:
+        """What makes each of the `count` steps after `batch`, of one token a sequence, given their
+        `input_ids`."""
         size = self.program.spec.block_size
         sequences = len(batch.seq_lens)
         lengths = batch.seq_lens + torch.arange(1, count + 1, dtype=torch.int32)[:, None]
@@ -214,17 +216,20 @@ class ModelDrafter:
         index, offset = (positions // size).T, positions % size
         blocks = [t.gather(1, index).T.long() for t in batch.block_tables]
         slots = [(each * size + offset).contiguous() for each in blocks]
-        one_each = torch.arange(sequences + 1, dtype=torch.int32)
+        one_each = replace(
+            batch,
+            query_start=torch.arange(sequences + 1, dtype=torch.int32),
+            logits_rows=torch.arange(sequences),
+            tree_mask=no_tree(sequences),
+            max_query=1,
+        )
         for i in range(count):
-            yield replace(
-                batch,
+            yield partial(
+                replace,
+                one_each,
                 position_ids=positions[i],
-                query_start=one_each,
                 seq_lens=lengths[i],
                 slot_mapping=[each[i] for each in slots],
-                logits_rows=one_each[:-1].long(),
-                tree_mask=no_tree(sequences),
-                max_query=1,
             )
 
     def _pick(self, active: list[tuple[Sequence, _Shadow]], logits: torch.Tensor) -> None:

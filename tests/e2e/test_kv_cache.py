@@ -11,6 +11,7 @@ import torch
 from helpers.artifacts import DEMO, smelt
 from helpers.check_pass import logits_of
 from helpers.data import data_path
+from helpers.quantized import exported
 from helpers.steps import Stepper
 from helpers.tiny import Subject
 
@@ -19,7 +20,6 @@ from smelt.compiler.manager import PassManager
 from smelt.compiler.numerics import compare
 from smelt.compiler.pipeline import PipelineConfig, pipeline, portable_stages
 from smelt.compiler.plan import plan
-from smelt.compiler.trace import export, program_from_export
 from smelt.compiler.weights import ModuleSource
 from smelt.runtime.ops.cache_format import CACHE_FORMATS, QUANTIZED
 from smelt.runtime.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def trained() -> dict[str, Subject]:
     module: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = {}
     for name in CACHE_FORMATS:
-        program = program_from_export(export(module), module, module.config)
+        program = exported(module)
         stages = portable_stages(pipeline(PipelineConfig(kv_cache=name)))[0]
         found[name] = Subject(PassManager(stages).run(program), ModuleSource(module), ids)
     return found

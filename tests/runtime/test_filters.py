@@ -145,7 +145,7 @@ def test_an_engine_compiles_its_filter_before_requests_come(
         shapes.append(tuple(scores.shape))
         return scores
 
-    monkeypatch.setattr(filters, "_kernel", lambda scores: kernel)
+    monkeypatch.setattr(filters, "_kernel", lambda *of: kernel)
     step = FakeStep()
     Engine(step, blocks=8)
     assert shapes == [(1, step.vocab_size)]

@@ -49,13 +49,24 @@ inline void amx_one(const bf16* w, int64_t k, const char* x, float* sums) {
   _tile_stored(0, sums, 64);
 }
 
-// Of 64 rows of the weight and one tile of x: four chains of sums hide each other's latency.
-inline void amx_four(const bf16* w, int64_t k, const char* x, float* sums) {
-  const int64_t tile = kTileSide * k, row = k * 2;
+// The four tiles of sums: to zero, and into memory one after another.
+inline void amx_clear() {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
+}
+inline void amx_keep(float* sums) {
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + kTileFloats, 64);
+  _tile_stored(2, sums + 2 * kTileFloats, 64);
+  _tile_stored(3, sums + 3 * kTileFloats, 64);
+}
+
+// Of 64 rows of the weight and one tile of x: four chains of sums hide each other's latency.
+inline void amx_four(const bf16* w, int64_t k, const char* x, float* sums) {
+  const int64_t tile = kTileSide * k, row = k * 2;
+  amx_clear();
   for (int64_t i = 0; i < k; i += kStep, x += kTileBytes) {
     _tile_loadd(4, x, 64);
     _tile_loadd(5, w + i, row);
@@ -67,19 +78,13 @@ inline void amx_four(const bf16* w, int64_t k, const char* x, float* sums) {
     _tile_loadd(5, w + 3 * tile + i, row);
     _tile_dpbf16ps(3, 5, 4);
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + kTileFloats, 64);
-  _tile_stored(2, sums + 2 * kTileFloats, 64);
-  _tile_stored(3, sums + 3 * kTileFloats, 64);
+  amx_keep(sums);
 }
 
 // Of 32 rows of the weight and two tiles of x, x_tile bytes apart: sums [2 of x][2 of the weight].
 inline void amx_two_by_two(const bf16* w, int64_t k, const char* x, int64_t x_tile, float* sums) {
   const int64_t tile = kTileSide * k, row = k * 2;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  amx_clear();
   for (int64_t i = 0; i < k; i += kStep, x += kTileBytes) {
     _tile_loadd(5, w + i, row);
     _tile_loadd(4, x, 64);
@@ -90,10 +95,7 @@ inline void amx_two_by_two(const bf16* w, int64_t k, const char* x, int64_t x_ti
     _tile_dpbf16ps(2, 5, 7);
     _tile_dpbf16ps(3, 6, 7);
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + kTileFloats, 64);
-  _tile_stored(2, sums + 2 * kTileFloats, 64);
-  _tile_stored(3, sums + 3 * kTileFloats, 64);
+  amx_keep(sums);
 }
 
 // sums [16 of the weight][16 of x] of outputs n.. and rows m.. -> out, with the bias.

@@ -22,6 +22,9 @@ from smelt.runtime.ops.cache_format import QUANTIZED, dequantize_rows, quantize_
 # Kernels run where triton runs them: on a device, and without one in the interpreter.
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
+# Query heads, kv heads, head size and block size of layers of real models.
+REAL_LAYERS = ((32, 8, 128, 16), (64, 8, 64, 64), (16, 8, 256, 32), (40, 8, 80, 128))
+
 # Half a unit in the last place of 1.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 

@@ -18,7 +18,7 @@ from smelt.runtime.kernels.gpu.launch import INTERPRETED
 from smelt.runtime.kernels.gpu.tuning import Config
 from smelt.runtime.ops.cache_format import quantize_rows, row_bytes
 
-from .paged import ROUNDING, Case, PagedStep
+from .paged import REAL_LAYERS, ROUNDING, Case, PagedStep
 
 FORMATS = ("auto", "fp8", "int8", "int4")
 DTYPES = tuple(ROUNDING)
@@ -74,8 +74,7 @@ def test_every_format(format: str) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_layers_of_real_models(format: str) -> None:
     long = ((2999, 1), (700, 1), (0, 1), (5000, 4), (129, 16))
-    for shape in ((32, 8, 128, 16), (64, 8, 64, 64), (16, 8, 256, 32), (40, 8, 80, 128)):
-        heads, kv_heads, size, block_size = shape
+    for heads, kv_heads, size, block_size in REAL_LAYERS:
         case = Case(long, heads, kv_heads, size, block_size, format, torch.bfloat16, padding=3)
         PagedStep(replace(case, max_query=16)).check()
         PagedStep(replace(case, window=1024, softcap=50.0, sinks=True, tree=True)).check()

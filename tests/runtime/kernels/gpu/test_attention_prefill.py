@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from .paged import ROUNDING, Case, PagedStep
+from .paged import REAL_LAYERS, ROUNDING, Case, PagedStep
 
 FORMATS = ("auto", "fp8", "int8", "int4")
 DTYPES = tuple(ROUNDING)
@@ -61,8 +61,7 @@ def test_every_format(format: str) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_layers_of_real_models(format: str) -> None:
     mixed = ((0, 700), (2000, 1), (300, 17), (1000, 513), (90, 4))
-    for shape in ((32, 8, 128, 16), (64, 8, 64, 64), (16, 8, 256, 32), (40, 8, 80, 128)):
-        heads, kv_heads, size, block_size = shape
+    for heads, kv_heads, size, block_size in REAL_LAYERS:
         case = Case(mixed, heads, kv_heads, size, block_size, format, torch.bfloat16, padding=99)
         PagedStep(case).check()
         PagedStep(replace(case, window=256, softcap=50.0, sinks=True, tree=True)).check()
