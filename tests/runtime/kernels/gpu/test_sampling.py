@@ -145,16 +145,21 @@ def test_probabilities_are_the_same_on_either_path(monkeypatch: pytest.MonkeyPat
     fields = ({"top_k": 20}, {"top_p": 0.9}, {}, {"top_k": 50, "top_p": 0.7, "min_p": 0.01})
     params = [SamplingParams(temperature=0.8, **values) for values in fields]
     want = probabilities(logits, params)
-    calls = []
+    calls, shapes = [], []
 
     def kernel(scores: torch.Tensor, *asked: list[float]) -> torch.Tensor:
         calls.append(asked)
         return filter_top(scores.to(DEVICE), *asked).to(scores.device)
 
-    monkeypatch.setattr(filters, "_kernel", lambda scores: kernel)
+    def choose(device: torch.device, *shape: int) -> object:
+        shapes.append((device.type, *shape))
+        return kernel
+
+    monkeypatch.setattr(filters, "_kernel", choose)
     before = logits.clone()
     assert torch.equal(probabilities(logits, params), want)
     assert torch.equal(logits, before) and len(calls) == 1
+    assert shapes == [("cpu", 4, 211)]
     probabilities(logits, [SamplingParams(temperature=1.0)] * 4)
     assert len(calls) == 1, "nothing to filter"
 
