@@ -112,7 +112,7 @@ _SETS = {
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx512_vnni": {"avx512_vnni"},
     "avx512_bf16": {"avx512_bf16"},
-    "amx_bf16": {"amx_tile", "amx_bf16"},
+    "amx_bf16": {"amx_tile", "amx_bf16", "amx_int8"},
 }
 
 

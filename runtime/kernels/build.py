@@ -47,7 +47,7 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "avx512": AVX512_FLAGS,
     "avx512_vnni": VNNI_FLAGS,
     "avx512_bf16": BF16_FLAGS,
-    "amx_bf16": (*BF16_FLAGS, "-DSMELT_AMX", "-mamx-tile", "-mamx-bf16"),
+    "amx_bf16": (*BF16_FLAGS, "-DSMELT_AMX", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
 
 
@@ -85,7 +85,7 @@ def _units() -> list[tuple[str, list[str]]]:
     units = [(Path(name).stem, [name, TORCH_LEVEL, *_torch_flags()]) for name in TORCH_UNITS]
     for name, flags in sets.items():
         level = PLAINEST_LEVEL if x86 and not flags else KERNEL_LEVEL
-        units.append((name, ["unit.cpp", "-std=c++17", level, f"-DSMELT_ISA={name}", *flags]))
+        units.append((name, ["unit.cpp", "-std=c++20", level, f"-DSMELT_ISA={name}", *flags]))
     units.append(("isa", ["isa.cpp", "-std=c++17", *x86]))
     return units
 

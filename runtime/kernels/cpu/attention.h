@@ -88,6 +88,36 @@ void product(const float* a, int64_t a_row, const float* b, int64_t b_row, float
     product_columns<F, 1>(a, a_row, b + j, b_row, c + j, c_row, rows, depth, accumulate);
 }
 
+// How a tile's two products are computed: from floats or pairs in vectors (attention_amx.h has
+// another way). Scores become weights in place.
+template <class F>
+struct Vectors {
+  using Features = F;
+  static void score(const float* queries, int64_t lanes, const float* keys, float* scores,
+                    int64_t rows, int64_t columns) {
+    product<F>(queries, lanes, keys, kKeys, scores, kKeys, rows, columns, lanes, false);
+  }
+  // Sixteen weights of a row, from `key` on; returns what was kept.
+  static V keep(float* scores, int64_t key, V weights) {
+    store(scores + key, weights);
+    return weights;
+  }
+  // Values of keys as floats, zero where there is no key: to[key][feature].
+  template <class R>
+  static void load_values(const Attention& a, const int64_t* rows, int64_t count, float* to) {
+    const R values((const typename R::Unit*)a.cache.data + a.cache.kv, rows, count, a.size);
+    const int64_t width = round_up(a.size, 16);
+    for (int64_t j = 0; j < count; j++, to += width)
+      for (int64_t d = 0; d < width; d += 16)
+        store(to + d, rows[j] < 0 ? zero() : values.template lanes<Floats>(j, d, a.size));
+  }
+  // to[row][feature] += the row's weights times the values
+  static void add_values(const float* weights, const float* values, float* to, int64_t width,
+                         int64_t rows, int64_t count) {
+    product<Floats>(weights, kKeys, values, width, to, width, rows, width, count, true);
+  }
+};
+
 // A tile's state in memory: rows maxima, rows sums, [rows, padded size] weighted values.
 struct State {
   int64_t rows, width;
@@ -109,14 +139,14 @@ inline State state_of(const Attention& a, const Tile& t, void* memory) {
 }
 
 int64_t attention_state(const Attention& a, const Tile& t) {
-  const int64_t rows = tile_rows(a, t);
-  return 4 * (2 * round_up(rows, 16) + rows * round_up(a.size, 16));
+  const int64_t rows = round_up(tile_rows(a, t), 16);
+  return 4 * (2 * rows + rows * round_up(a.size, 16));
 }
 
 inline int64_t most_rows(const Attention& a) { return larger(kTileRows, a.heads / a.kv_heads); }
 
 int64_t attention_scratch(const Attention& a) {
-  const int64_t width = round_up(a.size, 16), rows = most_rows(a);
+  const int64_t width = round_up(a.size, 16), rows = round_up(most_rows(a), 16);
   // queries, scores, one step's keys (transposed) and values
   return 4 * (rows * width + rows * kKeys + 2 * kKeys * width);
 }
@@ -173,20 +203,6 @@ inline void load_keys(const Attention& a, const int64_t* rows, float* to) {
   }
 }
 
-template <class R>
-inline void load_values(const Attention& a, const int64_t* rows, int64_t count, float* to) {
-  const R values((const typename R::Unit*)a.cache.data + a.cache.kv, rows, count, a.size);
-  const int64_t width = round_up(a.size, 16);
-  for (int64_t j = 0; j < count; j++, to += width) {
-    if (rows[j] < 0) {
-      for (int64_t d = 0; d < width; d += 16) store(to + d, zero());
-    } else {
-      for (int64_t d = 0; d < width; d += 16)
-        store(to + d, values.template lanes<Floats>(j, d, a.size));
-    }
-  }
-}
-
 // Where a token of a tree stands in its text: behind those of this step that it sees.
 inline int64_t tree_position(const Attention& a, const Tile& t, const bool* seen) {
   int64_t count = 0;
@@ -218,6 +234,7 @@ inline void hide(const Attention& a, const Tile& t, int64_t row, int64_t first, 
 
 // Scores to weights, in place, with the running maximum, sum and values of the row brought along.
 // A NaN among the scores stays in the sum: comparisons are written so that it is not left out.
+template <class P>
 inline void soften(float* scores, State& s, int64_t row) {
   V best = load(scores);
   for (int j = 16; j < kKeys; j += 16) best = max(best, load(scores + j));
@@ -226,7 +243,7 @@ inline void soften(float* scores, State& s, int64_t row) {
     V all = zero();
     for (int j = 0; j < kKeys; j += 16) {
       all = add(all, load(scores + j));
-      store(scores + j, zero());
+      P::keep(scores, j, zero());
     }
     if (sum(all) != kHidden) s.max[row] = s.sum[row] = __builtin_nanf("");
     return;
@@ -234,9 +251,7 @@ inline void soften(float* scores, State& s, int64_t row) {
   const float now = before > most ? before : most;
   V total = zero();
   for (int j = 0; j < kKeys; j += 16) {
-    const V weight = exp(sub(load(scores + j), set1(now)));
-    store(scores + j, weight);
-    total = add(total, weight);
+    total = add(total, P::keep(scores, j, exp(sub(load(scores + j), set1(now)))));
   }
   if (!(now <= before)) {
     const float shrink = exp(before - now);
@@ -263,12 +278,13 @@ inline void prefetch(const Attention& a, const int64_t* rows) {
 }
 
 // Products with the queries, scaled and capped, what a row must not see hidden.
-template <class F, class R>
+template <class P, class R>
 inline void score(const Attention& a, const Tile& t, const State& s, int64_t first, int64_t count,
                   const int64_t* rows, const float* queries, float* keys, float* scores) {
+  using F = typename P::Features;
   const int64_t lanes = lanes_of<F>(a), columns = round_up(count, 16);
   for (int64_t j = 0; j < columns; j += 16) load_keys<F, R>(a, rows + j, keys + j);
-  product<F>(queries, lanes, keys, kKeys, scores, kKeys, s.rows, columns, lanes, false);
+  P::score(queries, lanes, keys, scores, s.rows, columns);
   for (int64_t r = 0; r < s.rows; r++) {
     float* row = scores + r * kKeys;
     for (int64_t j = 0; j < columns; j += 16) {
@@ -280,13 +296,14 @@ inline void score(const Attention& a, const Tile& t, const State& s, int64_t fir
   }
 }
 
-template <class F, class Q, class R>
+template <class P, class Q, class R>
 void chunk_of(const Attention& a, const Tile& t, int64_t chunk, State& s, float* scratch) {
+  const int64_t padded = round_up(s.rows, 16);
   float* queries = scratch;
-  float* scores = queries + s.rows * s.width;
-  float* keys = scores + s.rows * kKeys;
+  float* scores = queries + padded * s.width;
+  float* keys = scores + padded * kKeys;
   float* values = keys + kKeys * s.width;
-  load_queries<F, Q>(a, t, queries);
+  load_queries<typename P::Features, Q>(a, t, queries);
   for (int64_t r = 0; r < s.rows; r++) {
     s.max[r] = kHidden;
     s.sum[r] = 0;
@@ -303,21 +320,21 @@ void chunk_of(const Attention& a, const Tile& t, int64_t chunk, State& s, float*
       locate(a, t, first + kKeys, smaller(kKeys, end - first - kKeys), next);
       if (s.rows <= 16) prefetch<R>(a, next);
     }
-    score<F, R>(a, t, s, first, count, rows, queries, keys, scores);
-    for (int64_t r = 0; r < s.rows; r++) soften(scores + r * kKeys, s, r);
-    load_values<R>(a, rows, count, values);
-    product<Floats>(scores, kKeys, values, s.width, s.values, s.width, s.rows, s.width, count,
-                    true);
+    score<P, R>(a, t, s, first, count, rows, queries, keys, scores);
+    for (int64_t r = 0; r < s.rows; r++) soften<P>(scores + r * kKeys, s, r);
+    P::template load_values<R>(a, rows, count, values);
+    P::add_values(scores, values, s.values, s.width, s.rows, count);
     int64_t* swap = rows;
     rows = next;
     next = swap;
   }
 }
 
+#if !defined(SMELT_AMX)  // whose set has the rest from the one before it
 template <class R>
 void chunk_with(const Attention& a, const Tile& t, int64_t chunk, State& s, float* scratch) {
   with_type(a.type, [&](auto* q) {
-    chunk_of<Floats, std::remove_pointer_t<decltype(q)>, R>(a, t, chunk, s, scratch);
+    chunk_of<Vectors<Floats>, std::remove_pointer_t<decltype(q)>, R>(a, t, chunk, s, scratch);
   });
 }
 
@@ -336,7 +353,7 @@ void attention_chunk(const Attention& a, const Tile& t, int64_t chunk, void* sta
   }
 #if defined(SMELT_AVX512_BF16)
   if (a.type == Type::BF16 && a.cache.type == Type::BF16)
-    return chunk_of<Pairs, bf16, Elements<bf16>>(a, t, chunk, s, scratch);
+    return chunk_of<Vectors<Pairs>, bf16, Elements<bf16>>(a, t, chunk, s, scratch);
 #endif
   with_type(a.cache.type, [&](auto* k) {
     chunk_with<Elements<std::remove_pointer_t<decltype(k)>>>(a, t, chunk, s, scratch);
@@ -379,3 +396,4 @@ void attention_finish(const Attention& a, const Tile& t, void* state) {
     }
   });
 }
+#endif

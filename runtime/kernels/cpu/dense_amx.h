@@ -5,10 +5,6 @@
 // in pairs of features (prepare). Sums run over k in one order whatever m is, as in dense.h.
 
 #if defined(SMELT_AMX)
-constexpr int64_t kTileSide = 16;         // rows of a tile
-constexpr int64_t kTileBytes = 16 * 64;   // of one
-constexpr int64_t kTileFloats = 16 * 16;  // of one of sums
-
 inline bool amx_takes(const Dense& d) { return d.type == Type::BF16 && d.k % kStep == 0; }
 
 // x in tiles: [ceil(m / 16), k / 32, 16 pairs of features, 16 rows, 2]. A column of absent rows
@@ -23,50 +19,28 @@ inline void amx_prepare(const Dense& d, int64_t first, int64_t last) {
   }
 }
 
-// Of sums (tiles 0 to 3), x (tile 4) and `rows` rows of the weight (5 to 7; with all 16 of them 7
-// may be one more of x).
-inline void amx_configure(int64_t rows) {
-  alignas(64) struct {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int i = 0; i < 8; i++) {
-    config.bytes[i] = 64;
-    config.rows[i] = i == 4 ? 16 : (uint8_t)rows;
-  }
-  _tile_loadconfig(&config);
+// Of sums and `rows` rows of the weight (tiles 5 to 7; with all 16 of them 7 may be one more of x);
+// x is in tile 4.
+inline TileRows dense_tiles(int64_t rows) {
+  const auto r = (uint8_t)rows;
+  return {{r, r, r, r, 16, r, r, r}};
 }
 
 // Sums of `rows` <= 16 rows of the weight and one tile of x.
 inline void amx_one(const bf16* w, int64_t k, const char* x, float* sums) {
-  _tile_zero(0);
+  amx_clear<1>();
   for (int64_t i = 0; i < k; i += kStep, x += kTileBytes) {
     _tile_loadd(4, x, 64);
     _tile_loadd(5, w + i, k * 2);
     _tile_dpbf16ps(0, 5, 4);
   }
-  _tile_stored(0, sums, 64);
-}
-
-// The four tiles of sums: to zero, and into memory one after another.
-inline void amx_clear() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-inline void amx_keep(float* sums) {
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + kTileFloats, 64);
-  _tile_stored(2, sums + 2 * kTileFloats, 64);
-  _tile_stored(3, sums + 3 * kTileFloats, 64);
+  amx_keep<1>({sums});
 }
 
 // Of 64 rows of the weight and one tile of x: four chains of sums hide each other's latency.
 inline void amx_four(const bf16* w, int64_t k, const char* x, float* sums) {
   const int64_t tile = kTileSide * k, row = k * 2;
-  amx_clear();
+  amx_clear<4>();
   for (int64_t i = 0; i < k; i += kStep, x += kTileBytes) {
     _tile_loadd(4, x, 64);
     _tile_loadd(5, w + i, row);
@@ -78,13 +52,13 @@ inline void amx_four(const bf16* w, int64_t k, const char* x, float* sums) {
     _tile_loadd(5, w + 3 * tile + i, row);
     _tile_dpbf16ps(3, 5, 4);
   }
-  amx_keep(sums);
+  amx_keep<4>({sums});
 }
 
 // Of 32 rows of the weight and two tiles of x, x_tile bytes apart: sums [2 of x][2 of the weight].
 inline void amx_two_by_two(const bf16* w, int64_t k, const char* x, int64_t x_tile, float* sums) {
   const int64_t tile = kTileSide * k, row = k * 2;
-  amx_clear();
+  amx_clear<4>();
   for (int64_t i = 0; i < k; i += kStep, x += kTileBytes) {
     _tile_loadd(5, w + i, row);
     _tile_loadd(4, x, 64);
@@ -95,7 +69,7 @@ inline void amx_two_by_two(const bf16* w, int64_t k, const char* x, int64_t x_ti
     _tile_dpbf16ps(2, 5, 7);
     _tile_dpbf16ps(3, 6, 7);
   }
-  amx_keep(sums);
+  amx_keep<4>({sums});
 }
 
 // sums [16 of the weight][16 of x] of outputs n.. and rows m.. -> out, with the bias.
@@ -118,8 +92,8 @@ inline void amx_store(const Dense& d, const float* sums, int64_t n, int64_t rows
 
 inline void amx_dense(const Dense& d, int64_t first, int64_t last) {
   const int64_t k = d.k, x_tile = kTileSide * k * 2;
-  alignas(64) float sums[4 * kTileFloats];
-  amx_configure(kTileSide);
+  alignas(64) float sums[4 * kTileSums];
+  amx_configure(dense_tiles(kTileSide));
   int64_t n = first;
   while (last - n >= kTileSide) {
     const int64_t tiles = last - n >= 4 * kTileSide ? 4 : last - n >= 2 * kTileSide ? 2 : 1;
@@ -130,7 +104,7 @@ inline void amx_dense(const Dense& d, int64_t first, int64_t last) {
         for (int64_t t = 0; t < tiles; t += 2) {
           amx_two_by_two(w + t * kTileSide * k, k, x, x_tile, sums);
           for (int64_t i = 0; i < 4; i++)
-            amx_store(d, sums + i * kTileFloats, n + (t + i % 2) * kTileSide, kTileSide,
+            amx_store(d, sums + i * kTileSums, n + (t + i % 2) * kTileSide, kTileSide,
                       m + i / 2 * kTileSide);
         }
         m += 2 * kTileSide;
@@ -140,16 +114,16 @@ inline void amx_dense(const Dense& d, int64_t first, int64_t last) {
         amx_four(w, k, x, sums);
       } else {
         for (int64_t t = 0; t < tiles; t++)
-          amx_one(w + t * kTileSide * k, k, x, sums + t * kTileFloats);
+          amx_one(w + t * kTileSide * k, k, x, sums + t * kTileSums);
       }
       for (int64_t t = 0; t < tiles; t++)
-        amx_store(d, sums + t * kTileFloats, n + t * kTileSide, kTileSide, m);
+        amx_store(d, sums + t * kTileSums, n + t * kTileSide, kTileSide, m);
       m += kTileSide;
     }
     n += tiles * kTileSide;
   }
   if (n < last) {
-    amx_configure(last - n);
+    amx_configure(dense_tiles(last - n));
     const bf16* w = (const bf16*)d.weight + n * k;
     for (int64_t m = 0; m < d.m; m += kTileSide) {
       amx_one(w, k, (const char*)d.packed_x + m / kTileSide * x_tile, sums);

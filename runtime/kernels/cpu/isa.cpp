@@ -30,13 +30,13 @@ namespace {
 
 constexpr int kMost = 6;
 
-// Whether there are tiles with products of bfloat16, and the system lets this process use them.
+// Whether there are tiles with products of bfloat16 and int8, and the system lets this process use them.
 bool may_use_amx() {
 #if defined(SMELT_X86) && defined(__linux__)
   unsigned a, b, c, d;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile))
-    return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr unsigned kAll = kBf16 | kTile | kInt8;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
   constexpr long kAskPermission = 0x1023, kTileData = 18;  // Linux, Documentation/arch/x86/xstate.rst
   static const bool allowed = syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
   return allowed;
@@ -46,7 +46,7 @@ bool may_use_amx() {
 }
 
 #if defined(SMELT_X86)
-// AMX multiplies by bfloat16 weights; all else is as without it.
+// AMX multiplies; all else is as without it.
 const Kernels& with_amx() {
   static const Kernels made = [] {
     const Kernels& tiles = amx_bf16::table;
@@ -56,6 +56,9 @@ const Kernels& with_amx() {
     all.dense_scratch = tiles.dense_scratch;
     all.dense_prepare = tiles.dense_prepare;
     all.dense = tiles.dense;
+    all.quantized = tiles.quantized;
+    all.w8a8 = tiles.w8a8;
+    all.attention_chunk = tiles.attention_chunk;
     return all;
   }();
   return made;

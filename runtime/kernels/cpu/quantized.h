@@ -58,13 +58,15 @@ struct PackedX {
   int64_t row;  // features a row, padded
 };
 
+// Rows begin 64 bytes apart from multiples of 4 KiB, where they would share few places of a cache;
+// there is room for whole tiles of them.
 PackedX packed_x(const Quantized& q) {
   float* sums = (float*)q.packed_x;
-  return {sums, sums + round_up(q.m * q.groups, kLanes), round_up(q.k, 16)};
+  return {sums, sums + round_up(q.m * q.groups, kLanes), round_up(q.k, 32) + 32};
 }
 
 int64_t quantized_scratch(const Quantized& q) {
-  return 4 * (round_up(q.m * q.groups, kLanes) + q.m * round_up(q.k, 16));
+  return 4 * (round_up(q.m * q.groups, kLanes) + round_up(q.m, 16) * packed_x(q).row);
 }
 
 template <class T>

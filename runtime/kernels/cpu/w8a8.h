@@ -127,14 +127,16 @@ struct QuantizedX {
   int64_t row;  // features a row, padded
 };
 
+// As in quantized.h, rows begin apart and there is room for whole tiles of them.
 QuantizedX quantized_x(const W8A8& q) {
   const int64_t m = round_up(q.m, kLanes);
   float* scales = (float*)q.quantized_x;
-  return {scales, (int32_t*)(scales + m), (Dot::X*)(scales + 2 * m), round_up(q.k, kLanes)};
+  return {scales, (int32_t*)(scales + m), (Dot::X*)(scales + 2 * m), round_up(q.k, 64) + 64};
 }
 
 int64_t w8a8_scratch(const W8A8& q) {
-  return 8 * round_up(q.m, kLanes) + q.m * round_up(q.k, kLanes) * (int64_t)sizeof(Dot::X);
+  const int64_t m = round_up(q.m, kLanes);
+  return 8 * m + m * quantized_x(q).row * (int64_t)sizeof(Dot::X);
 }
 
 template <class T>

@@ -91,6 +91,7 @@ struct Int4Pairs {
     for (int j = 0; j < 4; j++)
       w[j] = _mm512_permutexvar_epi16(_mm512_srli_epi32(n, 4 * j), table);
   }
+  inline __m512i pair(int64_t j) const { return w[j]; }
   inline V add_to(V sum, const X* x) const {
     for (int j = 0; j < 4; j++) sum = add_pair(sum, w[j], x + 2 * j);
     return sum;
@@ -111,6 +112,7 @@ struct Int2Pairs {
     for (int j = 0; j < 8; j++)
       w[j] = _mm512_permutexvar_epi16(_mm512_srli_epi32(n, 2 * j), table);
   }
+  inline __m512i pair(int64_t j) const { return w[j]; }
   inline V add_to(V sum, const X* x) const {
     for (int j = 0; j < 8; j++) sum = add_pair(sum, w[j], x + 2 * j);
     return sum;
@@ -153,6 +155,7 @@ struct Int8Pairs {
     const V a = load(p), b = load(p + 16);
     w = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16), _mm512_castps_si512(b.v));
   }
+  inline __m512i pair(int64_t) const { return w; }
   inline V add_to(V sum, const X* x) const { return add_pair(sum, w, x); }
 };
 #endif

@@ -12,7 +12,7 @@ smelt = torch.ops.smelt
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS = (0, 1, 2, 3, 8, 13, 70)
 # (out features, features): whole blocks, remainders of 16 rows and of 4 features
-SHAPES = ((16, 32), (37, 172), (100, 256), (64, 45), (70, 3))
+SHAPES = ((16, 32), (37, 172), (100, 256), (150, 320), (64, 45), (70, 3))
 
 
 def int8_weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
