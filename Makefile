@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help install check format test test-slow test-gpu goldens demo bench bench-quality bench-peers-quality
-.PHONY: bench-throughput crossings kernels bench-gpu soak size clean
+.PHONY: peers bench-peers bench-throughput crossings kernels bench-gpu soak size clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,6 +73,28 @@ bench-peers-quality: $(STAMP) $(PEER_STAMP) ## KL beside llm-compressor's AWQ, G
 	$(BIN)/python -m benchmarks.llm_compressor --python $(PEER)/bin/python \
 	  --work build/llm-compressor-logits --out benchmarks/results/llm_compressor.json \
 	  --docs docs/quantization.md
+
+# llama.cpp is built with the instruction sets of a recent Xeon or EPYC; optimum-intel's own
+# dependencies would bring a torchvision, and with it another torch.
+PEERS := build/peers
+PEERS_STAMP := $(PEERS)/.installed
+LLAMA_FLAGS := -DGGML_NATIVE=OFF $(foreach set,AVX AVX2 FMA F16C BMI2 AVX512 AVX512_VBMI \
+  AVX512_VNNI AVX512_BF16 AMX_TILE AMX_INT8 AMX_BF16,-DGGML_$(set)=ON)
+
+$(PEERS_STAMP): benchmarks/requirements-peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	CMAKE_ARGS="$(LLAMA_FLAGS)" $(PEERS)/bin/python -m pip install --quiet \
+	  --disable-pip-version-check --no-binary llama-cpp-python -r $<
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  optimum==2.3.0 optimum-intel==2.2.0
+	touch $@
+
+peers: $(PEERS_STAMP) ## OpenVINO GenAI and llama.cpp, to measure beside (builds for minutes)
+
+bench-peers: $(STAMP) $(PEERS_STAMP) ## decode, prefill and start-up beside OpenVINO and llama.cpp
+	$(BIN)/python -m benchmarks.decode --out benchmarks/results/peers-cpu.json \
+	  --only smelt-bf16,smelt-int8,smelt-int4,openvino-bf16,openvino-int8,openvino-int4,llama-bf16,llama-q8,llama-q4,hf-eager
 
 bench-throughput: $(STAMP) ## many requests at once beside transformers, one interleaved run
 	$(BIN)/python -m benchmarks.throughput

@@ -9,6 +9,7 @@ many threads as torch takes by default, and the checkpoint's bf16.
     hf-compile   the same with a static cache of exactly the needed length; the decode step goes
                  through torch.compile (mode "max-autotune-no-cudagraphs" gains nothing on a CPU, so
                  the default), the prompt runs eagerly, as `generate` does it.
+    openvino-*, llama-*   other programs, in an environment of their own: peer_contenders.py.
     bandwidth    all threads read a buffer far larger than the caches.
 """
 
@@ -22,6 +23,10 @@ from typing import Any, Protocol
 NAMES = (
     *("smelt-bf16", "smelt-int8", "smelt-int4", "smelt-int3", "smelt-w8a8"),
     *("hf-eager", "hf-compile"),
+)
+PEERS = (
+    *("openvino-bf16", "openvino-int8", "openvino-int4"),
+    *("llama-bf16", "llama-q8", "llama-q4"),
 )
 
 
@@ -143,4 +148,8 @@ def make(name: str, folder: Path, prompt: int, gen: int) -> Contender:
         return Smelt(folder, prompt, gen)
     if name in ("hf-eager", "hf-compile"):
         return Transformers(folder, prompt, gen, name == "hf-compile")
-    sys.exit(f"no contender {name}; there are {', '.join(NAMES)}")
+    if name in PEERS:
+        from . import peer_contenders
+
+        return peer_contenders.make(name, folder, prompt, gen)
+    sys.exit(f"no contender {name}; there are {', '.join([*NAMES, *PEERS])}")

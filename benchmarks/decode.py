@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode                           # shapes S and M, all contenders
     python -m benchmarks.decode --shapes tiny --rounds 2  # minutes, to see that it works
+    python -m benchmarks.decode --only smelt-int4,openvino-int4,llama-q4   # after `make peers`
 
 Every round times the memory bandwidth and then each contender once (prefill of one prompt, then
 decode), beginning with another contender each round; medians over the rounds are compared. Each
@@ -21,8 +22,8 @@ from statistics import median
 from typing import Any
 
 from . import startup
-from .contenders import NAMES
-from .shapes import SHAPES, Shape, artifact, cache_folder, checkpoint
+from .contenders import NAMES, PEERS
+from .shapes import SHAPES, Shape, artifact, cache_folder, checkpoint, peer_model
 from .worker import Worker
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -74,7 +75,7 @@ def arguments() -> argparse.Namespace:
     default = RESULTS / f"decode-{time.strftime('%Y-%m-%d')}.json"
     parser.add_argument("--out", type=Path, default=default, help="JSON file")
     options = parser.parse_args()
-    for flag, known in (("shapes", SHAPES), ("only", NAMES)):
+    for flag, known in (("shapes", SHAPES), ("only", [*NAMES, *PEERS])):
         listed = [item.strip() for item in getattr(options, flag).split(",") if item.strip()]
         wrong = [item for item in listed if item not in known]
         if wrong or not listed:
@@ -89,6 +90,8 @@ def folder_of(contender: str, shape: Shape) -> Path:
     """Checkpoint or artifact that the contender loads; made on the first run."""
     if contender.startswith("smelt-"):
         return artifact(shape, contender.removeprefix("smelt-"))
+    if contender in PEERS:
+        return peer_model(shape, contender)
     return checkpoint(shape)
 
 

@@ -98,6 +98,27 @@ def artifact(shape: Shape, quant: str) -> Path:
     return folder
 
 
+def peer_python() -> Path:
+    """Python of the environment that `make peers` made."""
+    python = ROOT / "build" / "peers" / "bin" / "python"
+    if not python.exists():
+        sys.exit(f"no {python}: run `make peers` first, which builds llama.cpp and takes minutes")
+    return python
+
+
+def peer_model(shape: Shape, peer: str) -> Path:
+    """A shape's checkpoint in a peer's own form (peer_models.py), made now if it is not there."""
+    source = checkpoint(shape)
+    digest = hashlib.sha256((ROOT / "benchmarks/peer_models.py").read_bytes()).hexdigest()[:8]
+    folder = source.with_name(f"{source.name}-{peer}-{digest}")
+    if not (folder / "facts.json").is_file():
+        print(f"making {folder.name}", file=sys.stderr, flush=True)
+        command = [str(peer_python()), "-m", "benchmarks.peer_models", peer, str(source)]
+        command += [str(folder), "--group", str(shape.group)]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
+    return folder
+
+
 def _sources_key() -> str:
     """Hash of what an artifact follows from."""
     digest = hashlib.sha256(_torch_version().encode())

@@ -17,7 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .shapes import ROOT
+from .contenders import PEERS, make
+from .shapes import ROOT, peer_python
 
 BASE = "import torch"
 
@@ -56,7 +57,8 @@ def once(name: str, folder: Path | None, prompt: int, log: Path) -> float:
     if name == BASE:
         command = [sys.executable, "-c", "import torch; print('ready', flush=True)"]
     else:
-        command = [sys.executable, "-m", "benchmarks.startup", name, str(folder), str(prompt)]
+        python = str(peer_python()) if name in PEERS else sys.executable
+        command = [python, "-m", "benchmarks.startup", name, str(folder), str(prompt)]
     with log.open("a") as errors:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -82,6 +84,8 @@ def first_token(name: str, folder: Path, prompt: int) -> None:
         llm = smelt.load(folder, kv_cache_tokens=CACHE_TOKENS)
         params = smelt.SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         assert llm.generate([ids], params)[0].token_ids
+    elif name in PEERS:
+        make(name, folder, prompt, 1).round(0)
     else:
         import torch
         from transformers import AutoModelForCausalLM

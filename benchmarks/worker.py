@@ -3,19 +3,22 @@
 Processes keep thread pools, allocators and compiled code of the contenders apart. A worker that is
 not asked sleeps on its pipe, so one at a time has the machine.
 
-As a child: `python -m benchmarks.worker NAME FOLDER PROMPT GEN`, in the repository's root.
+As a child: `python -m benchmarks.worker NAME FOLDER PROMPT GEN`, in the repository's root; with the
+peers' python for those of them, so nothing here needs smelt.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from .shapes import ROOT
+from .contenders import PEERS, make
+from .shapes import ROOT, peer_python
 
 
 class Worker:
@@ -26,7 +29,7 @@ class Worker:
         self.log = log
         self._log = log.open("a")
         command = [
-            sys.executable,
+            str(peer_python()) if name in PEERS else sys.executable,
             "-m",
             "benchmarks.worker",
             name,
@@ -77,15 +80,11 @@ def serve(name: str, folder: Path, prompt: int, gen: int) -> None:
     # Libraries print to stdout too: the answers get the real one, everything else goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from smelt.runtime import machine
-
-    from .contenders import make
-
     contender = make(name, folder, prompt, gen)
     print(json.dumps(contender.facts), file=answers, flush=True)
     for line in sys.stdin:
         found = contender.round(int(line))
-        found["peak_rss_bytes"] = machine.peak_memory()
+        found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(found), file=answers, flush=True)
 
 
