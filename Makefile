@@ -74,20 +74,28 @@ bench-peers-quality: $(STAMP) $(PEER_STAMP) ## KL beside llm-compressor's AWQ, G
 	  --work build/llm-compressor-logits --out benchmarks/results/llm_compressor.json \
 	  --docs docs/quantization.md
 
-# llama.cpp is built with the instruction sets of a recent Xeon or EPYC; optimum-intel's own
-# dependencies would bring a torchvision, and with it another torch.
+# optimum-intel's own dependencies would bring a torchvision, and with it another torch. llama.cpp is
+# built with the instruction sets of a recent Xeon or EPYC, and for g++, which takes ldtilecfg to
+# read 8 bytes of its 64 and leaves out the stores of the others.
 PEERS := build/peers
 PEERS_STAMP := $(PEERS)/.installed
+LLAMA := llama_cpp_python-0.3.36
 LLAMA_FLAGS := -DGGML_NATIVE=OFF $(foreach set,AVX AVX2 FMA F16C BMI2 AVX512 AVX512_VBMI \
   AVX512_VNNI AVX512_BF16 AMX_TILE AMX_INT8 AMX_BF16,-DGGML_$(set)=ON)
 
 $(PEERS_STAMP): benchmarks/requirements-peers.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	CMAKE_ARGS="$(LLAMA_FLAGS)" $(PEERS)/bin/python -m pip install --quiet \
-	  --disable-pip-version-check --no-binary llama-cpp-python -r $<
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  optimum==2.3.0 optimum-intel==2.2.0
+	$(PEERS)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
+	  --no-binary llama-cpp-python --dest $(PEERS)/src llama-cpp-python==0.3.36
+	tar -xf $(PEERS)/src/$(LLAMA).tar.gz -C $(PEERS)/src
+	sed -i 's/^ *_tile_loadconfig(&tc);/__asm__ volatile("" :: "r"(\&tc) : "memory");\n&/' \
+	  $(PEERS)/src/$(LLAMA)/vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp
+	CMAKE_ARGS="$(LLAMA_FLAGS)" $(PEERS)/bin/python -m pip install --quiet \
+	  --disable-pip-version-check $(PEERS)/src/$(LLAMA)
 	touch $@
 
 peers: $(PEERS_STAMP) ## OpenVINO GenAI and llama.cpp, to measure beside (builds for minutes)
