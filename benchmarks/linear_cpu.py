@@ -83,9 +83,10 @@ FORMATS: dict[str, tuple[Callable[[int, int], Weight], Callable[..., torch.Tenso
 }
 
 
-def measure(format: str, n: int, k: int, rows: int, rounds: int, sets: list[str]) -> dict[str, Any]:
+def measure(
+    library: ctypes.CDLL, format: str, n: int, k: int, rows: int, rounds: int, sets: list[str]
+) -> dict[str, Any]:
     """Median microseconds of a call by set, and of torch's bfloat16 product."""
-    library = ctypes.CDLL(str(build.library_path()))
     x = torch.randn(rows, k).bfloat16()
     make, call = FORMATS[format]
 
@@ -123,12 +124,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/linear-cpu.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    best = build.active_isa()
+    best, library = build.active_isa(), ctypes.CDLL(str(build.library_path()))
     known = list(build.ISA_FLAGS)
     sets = [name for name in SETS if known.index(name) <= known.index(best)]
     rows: list[dict[str, Any]] = []
     for name, (n, k), m in itertools.product(given.formats.split(","), SHAPES, ROWS):
-        found = measure(name, n, k, m, given.rounds, sets)
+        found = measure(library, name, n, k, m, given.rounds, sets)
         rows.append({"format": name, "n": n, "k": k, "rows": m, **found})
         print(json.dumps(rows[-1]), flush=True)
     record = {

@@ -23,6 +23,9 @@ inline void amx_configure(const TileRows& rows) {
     config.bytes[i] = kTileRow;
     config.rows[i] = rows.of[i];
   }
+  // g++ takes the instruction to read 8 bytes of the 64: without this it may leave out the stores
+  // of the others.
+  __asm__ volatile("" ::"r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
 
