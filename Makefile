@@ -101,7 +101,7 @@ $(PEERS_STAMP): benchmarks/requirements-peers.txt
 peers: $(PEERS_STAMP) ## OpenVINO GenAI and llama.cpp, to measure beside (builds for minutes)
 
 bench-peers: $(STAMP) $(PEERS_STAMP) ## decode, prefill and start-up beside OpenVINO and llama.cpp
-	$(BIN)/python -m benchmarks.decode --out benchmarks/results/peers-cpu.json \
+	$(BIN)/python -m benchmarks.decode --prompt 512 --gen 64 --out benchmarks/results/peers-cpu.json \
 	  --only smelt-bf16,smelt-int8,smelt-int4,openvino-bf16,openvino-int8,openvino-int4,llama-bf16,llama-q8,llama-q4,hf-eager
 
 bench-throughput: $(STAMP) ## many requests at once beside transformers, one interleaved run
