@@ -1,7 +1,8 @@
 // AMX: eight registers of 16 rows of 64 bytes, tiles, and products of two of them added to a third.
 //
 // Tiles 0 to 3 hold sums, 4 the left operand, 5 to 7 right ones, of which 7 may be a second left
-// one. How many rows a tile has is set before it is used; the compiler wants its number literally.
+// one; where weights are on the left (dense_amx.h) it is the other way round. How many rows a tile
+// has is set before it is used; the compiler wants its number literally.
 
 #if defined(SMELT_AMX)
 constexpr int64_t kTileSide = 16;        // rows of a tile
@@ -35,6 +36,9 @@ inline void amx_configure(int64_t m) {
   amx_configure({{rows, rows, rows, rows, rows, 16, 16, 16}});
 }
 
+// g++ does not know that loading a tile reads memory, and could put off stores until behind it.
+inline void amx_finish_stores() { __asm__ volatile("" ::: "memory"); }
+
 // Tiles beside each other in memory: bytes from one to the next and from row to row.
 struct TilesAt {
   const void* first;
@@ -59,13 +63,14 @@ inline void amx_keep(const TilesAt& sums) {
 }
 template <int N>
 inline void amx_take_up(const TilesAt& sums) {
+  amx_finish_stores();
   _tile_loadd(0, sums.tile(0), sums.row);
   if constexpr (N > 1) _tile_loadd(1, sums.tile(1), sums.row);
   if constexpr (N > 2) _tile_loadd(2, sums.tile(2), sums.row);
   if constexpr (N > 3) _tile_loadd(3, sums.tile(3), sums.row);
 }
 
-// 32 pairs of bfloat16 or 64 bytes of whole numbers of each row are multiplied.
+// 16 pairs of bfloat16 or 64 bytes of whole numbers of each row are multiplied.
 enum class Operands { Pairs, Bytes };
 #define SMELT_ADD_PRODUCT(sums, left, right) \
   if constexpr (O == Operands::Pairs) {      \
@@ -78,6 +83,7 @@ enum class Operands { Pairs, Bytes };
 // row, right by `next` bytes.
 template <Operands O, int N>
 inline void amx_row(const char* left, int64_t left_row, TilesAt right, int64_t next, int64_t depth) {
+  amx_finish_stores();
   for (; depth > 0; depth--, left += kTileRow, right.first = right.tile(0) + next) {
     _tile_loadd(4, left, left_row);
     _tile_loadd(5, right.tile(0), right.row);
@@ -101,6 +107,7 @@ inline void amx_row(const char* left, int64_t left_row, TilesAt right, int64_t n
 template <Operands O>
 inline void amx_square(const char* left, int64_t left_row, TilesAt right, int64_t next,
                        int64_t depth) {
+  amx_finish_stores();
   for (; depth > 0; depth--, left += kTileRow, right.first = right.tile(0) + next) {
     _tile_loadd(5, right.tile(0), right.row);
     _tile_loadd(4, left, left_row);

@@ -139,14 +139,14 @@ inline State state_of(const Attention& a, const Tile& t, void* memory) {
 }
 
 int64_t attention_state(const Attention& a, const Tile& t) {
-  const int64_t rows = round_up(tile_rows(a, t), 16);
-  return 4 * (2 * rows + rows * round_up(a.size, 16));
+  const int64_t rows = tile_rows(a, t);
+  return 4 * (2 * round_up(rows, 16) + whole_tiles(rows) * round_up(a.size, 16));
 }
 
 inline int64_t most_rows(const Attention& a) { return larger(kTileRows, a.heads / a.kv_heads); }
 
 int64_t attention_scratch(const Attention& a) {
-  const int64_t width = round_up(a.size, 16), rows = round_up(most_rows(a), 16);
+  const int64_t width = round_up(a.size, 16), rows = whole_tiles(most_rows(a));
   // queries, scores, one step's keys (transposed) and values
   return 4 * (rows * width + rows * kKeys + 2 * kKeys * width);
 }
@@ -298,7 +298,7 @@ inline void score(const Attention& a, const Tile& t, const State& s, int64_t fir
 
 template <class P, class Q, class R>
 void chunk_of(const Attention& a, const Tile& t, int64_t chunk, State& s, float* scratch) {
-  const int64_t padded = round_up(s.rows, 16);
+  const int64_t padded = whole_tiles(s.rows);
   float* queries = scratch;
   float* scores = queries + padded * s.width;
   float* keys = scores + padded * kKeys;

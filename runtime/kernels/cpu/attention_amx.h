@@ -1,16 +1,16 @@
 // attention.h in bfloat16 with AMX: tiles of 16 rows of queries times tiles of 16 keys, and of
 // weights, rounded to bfloat16, times tiles of 16 features of the values.
 //
-// A row is divided by the sum of its rounded weights, so that they add up to one. Rows that a tile
-// has beyond those of the step hold anything, which reaches no other row.
+// A row is divided by the sum of its rounded weights. Rows that a tile has beyond those of the step
+// hold anything, which reaches no other row.
 
 #if defined(SMELT_AMX)
 inline bool amx_takes(const Attention& a) {
   return a.cache.form == Form::Elements && a.type == Type::BF16 && a.cache.type == Type::BF16;
 }
 
-// c[rows, columns] (+)= a[rows, depth] b[depth, columns] for whole tiles; rows of a, b and c are
-// that many bytes apart.
+// c[rows, columns] (+)= a[rows, depth] b[depth, columns] for whole tiles, depth in those of 32
+// features or keys; rows of a, b and c are that many bytes apart.
 template <bool kAccumulate>
 inline void product_of_tiles(const void* a, int64_t a_row, const float* b, int64_t b_row, float* c,
                              int64_t c_row, int64_t rows, int64_t columns, int64_t depth) {

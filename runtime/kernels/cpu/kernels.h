@@ -34,6 +34,9 @@ struct Quantized {
   void* packed_x;  // quantized_scratch() bytes
   void* out;
   int64_t m, n, k, groups;
+  // Of the layer's whole call, which may decide in what order sums are made; 0: nothing may, as the
+  // rows that an expert gets depend on other sequences.
+  int64_t rows;
 };
 
 // int8 x, quantized on the way, times an int8 weight (runtime/ops/linear_w8a8.py).

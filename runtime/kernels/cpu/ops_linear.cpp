@@ -109,7 +109,7 @@ Tensor quantized(Quantized q, const Tensor& x, const Tensor& packed, const Tenso
   const Tensor rows = x.contiguous();
   Tensor keep, out = output_of(x, q.n);
   q.bias = bias_data(bias, x, q.n, keep);
-  const int64_t m = q.m, size = x.element_size();
+  const int64_t m = q.rows = q.m, size = x.element_size();
   for (int64_t row = 0; row < m; row += kRowsAtOnce) {
     q.m = std::min(kRowsAtOnce, m - row);
     q.x = (const char*)rows.const_data_ptr() + row * q.k * size;

@@ -58,15 +58,15 @@ struct PackedX {
   int64_t row;  // features a row, padded
 };
 
-// Rows begin 64 bytes apart from multiples of 4 KiB, where they would share few places of a cache;
-// there is room for whole tiles of them.
+// In bfloat16 rows do not begin at multiples of 4 KiB, which would share few places of a cache.
 PackedX packed_x(const Quantized& q) {
   float* sums = (float*)q.packed_x;
-  return {sums, sums + round_up(q.m * q.groups, kLanes), round_up(q.k, 32) + 32};
+  const int64_t row = round_up(q.k, 32);
+  return {sums, sums + round_up(q.m * q.groups, kLanes), row % 2048 ? row : row + 32};
 }
 
 int64_t quantized_scratch(const Quantized& q) {
-  return 4 * (round_up(q.m * q.groups, kLanes) + round_up(q.m, 16) * packed_x(q).row);
+  return 4 * (round_up(q.m * q.groups, kLanes) + whole_tiles(q.m) * packed_x(q).row);
 }
 
 template <class T>

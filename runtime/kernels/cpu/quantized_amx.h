@@ -3,8 +3,8 @@
 //
 // Whole numbers are looked up as in weights.h, and sixteen vectors of pairs are the right operand as
 // they are; x, as quantized_prepare left it, is the left one. A product takes as many cycles as there
-// are rows of x, up to 16. Within a group sums stay in tiles; as in quantized.h their order does not
-// depend on m.
+// are rows of x, up to 16. Sums are made in another order than in quantized.h: even and odd features
+// of a tile on their own.
 
 #if defined(SMELT_AMX)
 constexpr int64_t kTileFeatures = 32;  // of one product
@@ -13,7 +13,7 @@ constexpr int64_t kFewRows = 2;        // for which looking up costs more than t
 constexpr int64_t kRowTiles = 4;       // of x, multiplied by them before the next are looked up
 
 inline bool amx_takes(const Quantized& q) {
-  return q.m > kFewRows && in_pairs(q) && q.k / q.groups % kTileFeatures == 0;
+  return q.rows > kFewRows && q.k > 0 && in_pairs(q) && q.k / q.groups % kTileFeatures == 0;
 }
 
 using Sums = float[kTileSums];

@@ -52,6 +52,8 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+// Rows to have room for, where more than sixteen are read sixteen at a time.
+inline int64_t whole_tiles(int64_t rows) { return rows < 16 ? rows : round_up(rows, 16); }
 
 // The first n <= 16 of a vector, from and to memory that ends there.
 template <class T>

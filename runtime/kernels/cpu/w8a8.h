@@ -127,16 +127,17 @@ struct QuantizedX {
   int64_t row;  // features a row, padded
 };
 
-// As in quantized.h, rows begin apart and there is room for whole tiles of them.
+// As bytes rows do not begin at multiples of 4 KiB, which would share few places of a cache.
 QuantizedX quantized_x(const W8A8& q) {
-  const int64_t m = round_up(q.m, kLanes);
+  const int64_t m = round_up(q.m, kLanes), row = round_up(q.k, 64);
   float* scales = (float*)q.quantized_x;
-  return {scales, (int32_t*)(scales + m), (Dot::X*)(scales + 2 * m), round_up(q.k, 64) + 64};
+  return {scales, (int32_t*)(scales + m), (Dot::X*)(scales + 2 * m),
+          row % 4096 ? row : row + 64};
 }
 
 int64_t w8a8_scratch(const W8A8& q) {
-  const int64_t m = round_up(q.m, kLanes);
-  return 8 * m + m * quantized_x(q).row * (int64_t)sizeof(Dot::X);
+  const int64_t x = whole_tiles(q.m) * quantized_x(q).row * (int64_t)sizeof(Dot::X);
+  return 8 * round_up(q.m, kLanes) + x;
 }
 
 template <class T>

@@ -103,12 +103,13 @@ def _layers(experts: int, k: int, width: int, dtype: torch.dtype) -> dict[str, R
     return layers
 
 
+@pytest.mark.parametrize(("k", "width"), [(144, 80), (160, 96)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_does_not_depend_on_its_neighbours_or_on_threads(
-    isa: str, dtype: torch.dtype
+    isa: str, dtype: torch.dtype, k: int, width: int
 ) -> None:
     torch.manual_seed(0)
-    experts, k, width = 4, 144, 80
+    experts = 4
     x = torch.randn(150, k).to(dtype)
     index, share = random_routing(150, 2, experts)
     threads = torch.get_num_threads()
