@@ -20,14 +20,13 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from .peer_models import LLAMA_TYPES, OPENVINO_BITS
+
 NAMES = (
     *("smelt-bf16", "smelt-int8", "smelt-int4", "smelt-int3", "smelt-w8a8"),
     *("hf-eager", "hf-compile"),
 )
-PEERS = (
-    *("openvino-bf16", "openvino-int8", "openvino-int4"),
-    *("llama-bf16", "llama-q8", "llama-q4"),
-)
+PEERS = (*OPENVINO_BITS, *LLAMA_TYPES)
 
 
 class Contender(Protocol):
@@ -37,6 +36,17 @@ class Contender(Protocol):
 
     def round(self, seed: int) -> dict[str, Any]:
         """Run one prompt and its answer; times in seconds, counts of tokens."""
+
+
+def timed(started: float, first: float, last: float, prompt: int, gen: int) -> dict[str, Any]:
+    """A round, from the times at which it started and its first and last tokens came."""
+    return {
+        "prefill_s": first - started,
+        "decode_s": last - first,
+        "ttft_s": first - started,
+        "prefill_tokens": prompt,
+        "decode_tokens": gen - 1,
+    }
 
 
 class Smelt:
@@ -118,13 +128,7 @@ class Transformers:
             )
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             token.item()  # a stream shows each token before the next
-        return {
-            "prefill_s": prefilled - started,
-            "decode_s": time.perf_counter() - prefilled,
-            "ttft_s": prefilled - started,
-            "prefill_tokens": self.prompt,
-            "decode_tokens": self.gen - 1,
-        }
+        return timed(started, prefilled, time.perf_counter(), self.prompt, self.gen)
 
 
 class Reading:

@@ -39,6 +39,7 @@ ATTENTION = (
     (32, 8, 128, 4000, 1, 1),
     (9, 3, 64, 200, 1, 16),
 )
+Weight = tuple[torch.Tensor, ...]
 Timed = dict[str, tuple[Callable[[], object], int]]  # name: (call, calls a round)
 
 
@@ -66,22 +67,38 @@ def _rotating(
     return (lambda: call(*next(turn))), len(copies), size
 
 
+def dense_weight(n: int, k: int) -> Weight:
+    """Random, bfloat16 [n, k]."""
+    return (torch.randn(n, k, dtype=torch.bfloat16),)
+
+
+def int8_weight(n: int, k: int, groups: int) -> Weight:
+    """A random blocked weight of 8 bits and its scales, `groups` of them a row."""
+    blocks = -(-n // 16)
+    packed = torch.randint(-127, 128, (blocks, k, 16), dtype=torch.int8)
+    return packed, torch.rand(blocks, groups, 16).bfloat16()
+
+
+def grouped_weight(n: int, k: int, bits: int) -> Weight:
+    """A random blocked weight of 3 or 4 bits in groups of GROUP, its scales and zero points."""
+    blocks, groups = -(-n // 16), k // GROUP
+    packed = torch.randint(-(2**31), 2**31 - 1, (blocks, k * bits // 32, 16), dtype=torch.int32)
+    zeros = torch.full((blocks, groups, 16), 2 ** (bits - 1), dtype=torch.uint8)
+    return packed, torch.rand(blocks, groups, 16).bfloat16(), zeros
+
+
 def gemv(n: int, k: int, rows: int, rounds: int, memory: torch.Tensor) -> list[dict[str, Any]]:
     """Rows of one shape's table; `memory` is read for the bandwidth."""
     ops, x = torch.ops.smelt, torch.randn(rows, k).bfloat16()
-    blocks, groups = -(-n // 16), k // GROUP
 
-    def dense() -> tuple[torch.Tensor, ...]:
-        return (torch.randn(n, k, dtype=torch.bfloat16),)
+    def dense() -> Weight:
+        return dense_weight(n, k)
 
-    def int8() -> tuple[torch.Tensor, ...]:
-        packed = torch.randint(-127, 128, (blocks, k, 16), dtype=torch.int8)
-        return packed, torch.rand(blocks, groups, 16).bfloat16()
+    def int8() -> Weight:
+        return int8_weight(n, k, k // GROUP)
 
-    def int4() -> tuple[torch.Tensor, ...]:
-        packed = torch.randint(-(2**31), 2**31 - 1, (blocks, k // 8, 16), dtype=torch.int32)
-        zeros = torch.full((blocks, groups, 16), 8, dtype=torch.uint8)
-        return packed, torch.rand(blocks, groups, 16).bfloat16(), zeros
+    def int4() -> Weight:
+        return grouped_weight(n, k, 4)
 
     kinds = {
         "torch bf16": _rotating(lambda w: F.linear(x, w), dense),

@@ -24,40 +24,20 @@ from torch.nn import functional as F
 from smelt.runtime import machine
 from smelt.runtime.kernels import build
 
-from .kernels_cpu import interleaved
+from .kernels_cpu import (
+    ROTATED_BYTES,
+    Weight,
+    dense_weight,
+    grouped_weight,
+    int8_weight,
+    interleaved,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ((576, 576), (1536, 576), (2048, 2048), (11264, 2048), (2048, 5632))
 ROWS = (1, 4, 8, 16, 64, 512)
-GROUP = 64
-ROTATED_BYTES = 192 << 20
 # Sets that are worth comparing.
 SETS = ("avx512_bf16", "amx_bf16")
-Weight = tuple[torch.Tensor, ...]
-
-
-def _scales(n: int, groups: int) -> torch.Tensor:
-    return torch.rand(n // 16, groups, 16).bfloat16()
-
-
-def _bf16(n: int, k: int) -> Weight:
-    return (torch.randn(n, k).bfloat16(),)
-
-
-def _int8(n: int, k: int) -> Weight:
-    return torch.randint(-127, 128, (n // 16, k, 16), dtype=torch.int8), _scales(n, 1)
-
-
-def _int4(n: int, k: int) -> Weight:
-    words = torch.randint(-(2**31), 2**31 - 1, (n // 16, k // 8, 16), dtype=torch.int32)
-    zeros = torch.full((n // 16, k // GROUP, 16), 8, dtype=torch.uint8)
-    return words, _scales(n, k // GROUP), zeros
-
-
-def _int3(n: int, k: int) -> Weight:
-    words = torch.randint(-(2**31), 2**31 - 1, (n // 16, k // 32 * 3, 16), dtype=torch.int32)
-    zeros = torch.full((n // 16, k // GROUP, 16), 4, dtype=torch.uint8)
-    return words, _scales(n, k // GROUP), zeros
 
 
 def _w8a8(n: int, k: int) -> Weight:
@@ -71,10 +51,19 @@ def _fp8(n: int, k: int) -> Weight:
 
 # format: (a random weight, the product)
 FORMATS: dict[str, tuple[Callable[[int, int], Weight], Callable[..., torch.Tensor]]] = {
-    "bf16": (_bf16, lambda x, n, w: torch.ops.smelt.linear(x, w, None)),
-    "int8": (_int8, lambda x, n, *w: torch.ops.smelt.linear_int8_blocked(x, *w, None, n)),
-    "int4": (_int4, lambda x, n, *w: torch.ops.smelt.linear_int4_blocked(x, *w, None, n)),
-    "int3": (_int3, lambda x, n, *w: torch.ops.smelt.linear_int3_blocked(x, *w, None, n)),
+    "bf16": (dense_weight, lambda x, n, w: torch.ops.smelt.linear(x, w, None)),
+    "int8": (
+        lambda n, k: int8_weight(n, k, 1),
+        lambda x, n, *w: torch.ops.smelt.linear_int8_blocked(x, *w, None, n),
+    ),
+    "int4": (
+        lambda n, k: grouped_weight(n, k, 4),
+        lambda x, n, *w: torch.ops.smelt.linear_int4_blocked(x, *w, None, n),
+    ),
+    "int3": (
+        lambda n, k: grouped_weight(n, k, 3),
+        lambda x, n, *w: torch.ops.smelt.linear_int3_blocked(x, *w, None, n),
+    ),
     "w8a8": (_w8a8, lambda x, n, *w: torch.ops.smelt.linear_w8a8_blocked(x, *w, None, None)),
     "fp8": (
         _fp8,
@@ -96,7 +85,7 @@ def measure(
         count = max(2, min(most, ROTATED_BYTES // sum(t.nbytes for t in first)))
         return [first, *(tuple(t.clone() for t in first) for _ in range(count - 1))]
 
-    weights, dense = copies(make), copies(_bf16)
+    weights, dense = copies(make), copies(dense_weight)
 
     def on(name: str) -> Callable[[], object]:
         def all_copies() -> None:

@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .contenders import timed
+from .peer_models import GGUF_FILE, LLAMA_TYPES
+
 
 def _facts(folder: Path, package: str) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
@@ -63,13 +66,7 @@ class OpenVino:
             openvino_genai.TokenizedInputs(openvino.Tensor(ids), mask), config, Times()
         )
         assert len(times) == self.gen, f"{len(times)} tokens came of {self.gen}"
-        return {
-            "prefill_s": times[0] - started,
-            "decode_s": times[-1] - times[0],
-            "ttft_s": times[0] - started,
-            "prefill_tokens": self.prompt,
-            "decode_tokens": self.gen - 1,
-        }
+        return timed(started, times[0], times[-1], self.prompt, self.gen)
 
 
 class LlamaCpp:
@@ -77,8 +74,6 @@ class LlamaCpp:
 
     def __init__(self, folder: Path, prompt: int, gen: int) -> None:
         import llama_cpp
-
-        from .peer_models import GGUF_FILE
 
         self.facts = _facts(folder, "llama-cpp-python")
         cores = os.cpu_count() or 1
@@ -100,13 +95,7 @@ class LlamaCpp:
         prefilled = time.perf_counter()
         for _ in range(self.gen - 1):
             token = self._next([token])
-        return {
-            "prefill_s": prefilled - started,
-            "decode_s": time.perf_counter() - prefilled,
-            "ttft_s": prefilled - started,
-            "prefill_tokens": self.prompt,
-            "decode_tokens": self.gen - 1,
-        }
+        return timed(started, prefilled, time.perf_counter(), self.prompt, self.gen)
 
     def _next(self, ids: list[int]) -> int:
         import llama_cpp
@@ -119,4 +108,4 @@ class LlamaCpp:
 
 def make(name: str, folder: Path, prompt: int, gen: int) -> OpenVino | LlamaCpp:
     """The peer of that name over a folder of peer_models.py."""
-    return (LlamaCpp if name.startswith("llama-") else OpenVino)(folder, prompt, gen)
+    return (LlamaCpp if name in LLAMA_TYPES else OpenVino)(folder, prompt, gen)

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 # Of llama.cpp: the form of the layers' weights, and of the table of tokens and the output.
-LLAMA_TYPES = {"llama-bf16": ("BF16", "BF16"), "llama-q8": ("Q8_0", "Q8_0")}
-LLAMA_TYPES["llama-q4"] = ("Q4_0", "Q8_0")
+LLAMA_TYPES = {
+    "llama-bf16": ("BF16", "BF16"),
+    "llama-q8": ("Q8_0", "Q8_0"),
+    "llama-q4": ("Q4_0", "Q8_0"),
+}
 OPENVINO_BITS = {"openvino-bf16": 16, "openvino-int8": 8, "openvino-int4": 4}
 GGUF_FILE = "model.gguf"
 

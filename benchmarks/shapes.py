@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .contenders import PEERS
+
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 2048
 
@@ -98,12 +100,14 @@ def artifact(shape: Shape, quant: str) -> Path:
     return folder
 
 
-def peer_python() -> Path:
-    """Python of the environment that `make peers` made."""
+def python_of(contender: str) -> str:
+    """The interpreter that a contender runs in: this one, or that of `make peers`."""
+    if contender not in PEERS:
+        return sys.executable
     python = ROOT / "build" / "peers" / "bin" / "python"
     if not python.exists():
         sys.exit(f"no {python}: run `make peers` first, which builds llama.cpp and takes minutes")
-    return python
+    return str(python)
 
 
 def peer_model(shape: Shape, peer: str) -> Path:
@@ -113,7 +117,7 @@ def peer_model(shape: Shape, peer: str) -> Path:
     folder = source.with_name(f"{source.name}-{peer}-{digest}")
     if not (folder / "facts.json").is_file():
         print(f"making {folder.name}", file=sys.stderr, flush=True)
-        command = [str(peer_python()), "-m", "benchmarks.peer_models", peer, str(source)]
+        command = [python_of(peer), "-m", "benchmarks.peer_models", peer, str(source)]
         command += [str(folder), "--group", str(shape.group)]
         subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
     return folder

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from .contenders import PEERS, make
-from .shapes import ROOT, peer_python
+from .shapes import ROOT, python_of
 
 BASE = "import torch"
 
@@ -57,8 +57,7 @@ def once(name: str, folder: Path | None, prompt: int, log: Path) -> float:
     if name == BASE:
         command = [sys.executable, "-c", "import torch; print('ready', flush=True)"]
     else:
-        python = str(peer_python()) if name in PEERS else sys.executable
-        command = [python, "-m", "benchmarks.startup", name, str(folder), str(prompt)]
+        command = [python_of(name), "-m", "benchmarks.startup", name, str(folder), str(prompt)]
     with log.open("a") as errors:
         started = time.perf_counter()
         process = subprocess.Popen(

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .contenders import PEERS, make
-from .shapes import ROOT, peer_python
+from .contenders import make
+from .shapes import ROOT, python_of
 
 
 class Worker:
@@ -29,7 +29,7 @@ class Worker:
         self.log = log
         self._log = log.open("a")
         command = [
-            str(peer_python()) if name in PEERS else sys.executable,
+            python_of(name),
             "-m",
             "benchmarks.worker",
             name,

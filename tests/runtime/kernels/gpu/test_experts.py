@@ -282,7 +282,7 @@ CAPABILITIES = (80, 86, 90, 100, 120)
 def test_variants_give_every_argument(module: Any) -> None:
     for found in CAPABILITIES:
         made = list(module.variants(found))
-        assert len({variant.name for variant in made}) == len(made) > 0
+        assert 0 < len({variant.name for variant in made}) == len(made) <= 12
         for variant in made:
             constants = {**variant.constants, **variant.config.constants}
             assert set(variant.kernel.arg_names) <= {*variant.signature, *constants}

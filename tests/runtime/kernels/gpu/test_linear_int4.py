@@ -292,7 +292,7 @@ def test_exports_with_any_number_of_tokens(rows: int, gate: str) -> None:
 @pytest.mark.parametrize("found", CAPABILITIES)
 def test_variants_give_every_argument(found: int) -> None:
     made = list(variants(found))
-    assert len({variant.name for variant in made}) == len(made) > 0
+    assert 0 < len({variant.name for variant in made}) == len(made) <= 14
     for variant in made:
         constants = {*variant.constants, *variant.config.constants}
         assert {*variant.signature, *constants} == set(variant.kernel.arg_names)
